@@ -1,0 +1,1 @@
+"""The HTTP service: durable jobs, an OpenAI-compatible API, and engines that generate."""

@@ -1,0 +1,1 @@
+"""Steering vectors: fit them, store them, apply them while a model generates."""

@@ -1,0 +1,1 @@
+"""Fine-tuning: one loop, one registry of methods."""
