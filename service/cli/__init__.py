@@ -1,0 +1,38 @@
+"""The command line, `gradhelm`: one file per command group, everything but serve, doctor and keys over HTTP."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.text import Text
+
+from service.cli import chat, doctor, files, jobs, keys, models, serve, vectors
+from service.cli.errors import CliError
+from service.cli.output import err
+
+app = typer.Typer(
+    name="gradhelm",
+    help="Fine-tune language models and steer them while they generate.",
+    epilog="Exit codes: 0 done, 1 the server or the machine said no, 2 wrong usage, 130 Ctrl-C.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("serve")(serve.serve)
+app.command("doctor")(doctor.doctor)
+app.add_typer(models.app, name="models")
+app.add_typer(files.app, name="files")
+app.add_typer(jobs.app, name="jobs")
+app.add_typer(vectors.app, name="vectors")
+app.command("chat")(chat.chat)
+app.add_typer(keys.app, name="keys")
+
+
+def main() -> None:
+    """Entry point: runs the command and turns what went wrong into one message and an exit code."""
+    try:
+        app()
+    except CliError as error:
+        err().print(Text.assemble(("error: ", "bold red"), error.message))
+        sys.exit(error.exit_code)

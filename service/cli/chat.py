@@ -1,0 +1,106 @@
+"""`gradhelm chat`: one streamed answer, steered if asked."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from service.cli.client import Client
+from service.cli.errors import ServerRefused, UsageProblem
+from service.cli.options import DEFAULT_URL, AsJson, Key, Url
+from service.cli.output import emit, note
+
+ROUTE = "/v1/chat/completions"
+
+
+def parse_vector(text: str) -> dict[str, Any]:
+    """``ID:STRENGTH[:LAYERS]`` as one entry of the wire's steering object; layers are ``12,13`` or ``4-7``."""
+    pieces = text.split(":")
+    if len(pieces) not in {2, 3} or not pieces[0]:
+        raise UsageProblem(f"--vector {text!r}: write ID:STRENGTH or ID:STRENGTH:LAYERS, like vec_abc:4.0:12,13.")
+    try:
+        term: dict[str, Any] = {"id": pieces[0], "strength": float(pieces[1])}
+        if len(pieces) == 3:
+            term["layers"] = parse_layers(pieces[2])
+    except ValueError as error:
+        raise UsageProblem(f"--vector {text!r}: {error}.") from error
+    return term
+
+
+def parse_layers(text: str) -> list[int]:
+    """``12,13`` or ``4-7`` or both mixed, as sorted block indices from 0.
+
+    Raises:
+        ValueError: the text names no layers.
+    """
+    layers: set[int] = set()
+    for piece in text.split(","):
+        first, dash, last = piece.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"layers {text!r} are not numbers like 12,13 or 4-7")
+        layers.update(range(int(first), int(last or first) + 1))
+    if not layers:
+        raise ValueError(f"layers {text!r} name none")
+    return sorted(layers)
+
+
+def chat(
+    prompt: Annotated[str, typer.Argument(help="What to say; - reads it from stdin.", show_default=False)],
+    model: Annotated[str, typer.Option("--model", "-m", help="Base model or ft:... id.", show_default=False)],
+    system: Annotated[str | None, typer.Option("--system", help="System message.", show_default=False)] = None,
+    vector: Annotated[
+        list[str] | None,
+        typer.Option("--vector", metavar="ID:STRENGTH[:LAYERS]", help="Steering; repeat to add.", show_default=False),
+    ] = None,
+    preserve_norm: Annotated[
+        bool, typer.Option("--preserve-norm", help="Keep each activation's length while steering.")
+    ] = False,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, show_default=False)] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", min=0.0, max=2.0, show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Same seed, same answer.", show_default=False)] = None,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a model and print its answer as it comes."""
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": sys.stdin.read() if prompt == "-" else prompt})
+    optional = {"max_completion_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    body: dict[str, Any] = {"model": model, "messages": messages}
+    body.update({name: value for name, value in optional.items() if value is not None})
+    if vector:
+        body["steering"] = {"vectors": [parse_vector(text) for text in vector], "preserve_norm": preserve_norm}
+    elif preserve_norm:
+        raise UsageProblem("--preserve-norm does nothing without --vector.")
+    with Client(url, key) as client:
+        if as_json:
+            emit(client.post(ROUTE, body))
+        else:
+            _print_stream(client, body)
+
+
+def _print_stream(client: Client, body: dict[str, Any]) -> None:
+    finish, receipt = None, None
+    for event in client.events("POST", ROUTE, body={**body, "stream": True}):
+        chunk = event.json()
+        if chunk is None:
+            continue
+        if "error" in chunk:
+            # The status was sent long ago: an error in the middle of an answer comes as an event.
+            detail = chunk["error"]
+            print(flush=True)
+            raise ServerRefused(str(detail.get("message")), status=200, code=detail.get("code"))
+        for choice in chunk.get("choices", []):
+            print(choice.get("delta", {}).get("content") or "", end="", flush=True)
+            finish = choice.get("finish_reason") or finish
+            receipt = choice.get("steering") or receipt
+    print(flush=True)
+    if finish == "length":
+        note("(cut off at the token limit: --max-tokens allows more)")
+    if receipt:
+        note(
+            f"(steered layers {receipt.get('layers')}, {receipt.get('tokens')} tokens, "
+            f"mean relative shift {receipt.get('mean_relative_shift')})"
+        )

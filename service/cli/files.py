@@ -1,0 +1,113 @@
+"""`gradhelm files`: training data on the server."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from service.cli.client import Client, segment
+from service.cli.options import DEFAULT_URL, After, AsJson, Key, Limit, Url
+from service.cli.output import emit, fields, note, table
+
+app = typer.Typer(help="Upload and look after data files.", no_args_is_help=True)
+
+FileId = Annotated[str, typer.Argument(metavar="FILE_ID", help="Id of a file, file-...", show_default=False)]
+COLUMNS = {"id": "id", "filename": "name", "bytes": "size", "purpose": "purpose", "created_at": "created"}
+
+
+def upload_file(client: Client, path: Path, purpose: str = "fine-tune") -> str:
+    """Upload ``path`` and return the new file's id."""
+    identifier = str(client.upload("/v1/files", path, {"purpose": purpose})["id"])
+    note(f"uploaded {path} as {identifier}")
+    return identifier
+
+
+def file_id(client: Client, given: str) -> str:
+    """The id of a data file named by id or by local path; a path is uploaded first.
+
+    What exists on disk wins: a file that happens to be called like an id is still that file.
+    """
+    path = Path(given).expanduser()
+    if path.is_file():
+        return upload_file(client, path)
+    return given
+
+
+@app.command("upload")
+def upload(
+    path: Annotated[Path, typer.Argument(help="JSON lines, one example a line.", show_default=False)],
+    purpose: Annotated[str, typer.Option("--purpose", help="What the file is for.")] = "fine-tune",
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a file and print its id."""
+    with Client(url, key) as client:
+        answer = client.upload("/v1/files", path, {"purpose": purpose})
+    if as_json:
+        emit(answer)
+    else:
+        print(answer["id"])
+
+
+@app.command("list")
+def list_files(
+    limit: Limit = 100, after: After = None, url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False
+) -> None:
+    """List files, newest first."""
+    with Client(url, key) as client:
+        rows = client.list("/v1/files", limit=limit, after=after)
+    if as_json:
+        emit(rows)
+    else:
+        table(rows, COLUMNS, empty="No files yet: `gradhelm files upload PATH`.")
+
+
+@app.command("get")
+def get(file_id: FileId, url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> None:
+    """Show one file's record."""
+    with Client(url, key) as client:
+        answer = client.get(f"/v1/files/{segment(file_id)}")
+    if as_json:
+        emit(answer)
+    else:
+        fields(answer)
+
+
+@app.command("content")
+def content(
+    file_id: FileId,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write here instead of stdout.", show_default=False)
+    ] = None,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a file holds (a job's result file is its metrics as CSV)."""
+    route = f"/v1/files/{segment(file_id)}/content"
+    with Client(url, key) as client:
+        if output is None and not as_json:
+            client.save(route, sys.stdout.buffer)
+            return
+        target = output or Path(file_id).name
+        with Path(target).open("xb") as sink:
+            written = client.save(route, sink)
+    if as_json:
+        emit({"id": file_id, "path": str(target), "bytes": written})
+    else:
+        note(f"wrote {written} bytes to {target}")
+
+
+@app.command("delete")
+def delete(file_id: FileId, url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> None:
+    """Delete a file that no unfinished job needs."""
+    with Client(url, key) as client:
+        answer = client.delete(f"/v1/files/{segment(file_id)}")
+    if as_json:
+        emit(answer)
+    else:
+        note(f"deleted {file_id}")

@@ -1,0 +1,120 @@
+"""`gradhelm models`: bases, fine-tuned models and their checkpoints."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from service.cli import archive
+from service.cli.client import Client, segment
+from service.cli.options import DEFAULT_URL, AsJson, Key, Limit, Url
+from service.cli.output import emit, fields, note, table
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+app = typer.Typer(help="List, pull, export and delete models.", no_args_is_help=True)
+
+ModelId = Annotated[str, typer.Argument(metavar="MODEL", help="Model id, a base or ft:...", show_default=False)]
+COLUMNS = {"id": "id", "owned_by": "owner", "created": "created"}
+
+
+@app.command("list")
+def list_models(limit: Limit = 1000, url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> None:
+    """List every model that may be named in a request."""
+    with Client(url, key) as client:
+        rows = client.list("/v1/models", limit=limit)
+    if as_json:
+        emit(rows)
+    else:
+        table(rows, COLUMNS, empty="No models yet: `gradhelm models pull smollm2-135m-instruct`.")
+
+
+@app.command("get")
+def get(model: ModelId, url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> None:
+    """Show one model's record."""
+    with Client(url, key) as client:
+        answer = client.get(f"/v1/models/{segment(model)}")
+    if as_json:
+        emit(answer)
+    else:
+        fields(answer)
+
+
+@app.command("pull")
+def pull(
+    reference: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Catalog name or org/name[@revision].", show_default=False)
+    ],
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let the server fetch a base model, so that jobs and requests may name it (needs an admin key)."""
+    if not as_json:
+        note(f"pulling {reference} ...")
+    with Client(url, key) as client:
+        answer = client.post("/v1/models/pull", {"model": reference})
+    if as_json:
+        emit(answer)
+    else:
+        print(answer["id"])
+
+
+@app.command("export")
+def export(
+    model: ModelId,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="New folder for the files.", show_default=False)],
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Download a model's files into DIR: adapter or merged weights, manifest and model card."""
+    archive.check_target(directory)
+    with Client(url, key) as client, client.stream("GET", f"/v1/models/{segment(model)}/content") as response:
+        written = archive.unpack(io.BufferedReader(_Body(response.iter_bytes())), directory)
+    if as_json:
+        emit({"id": model, "directory": str(directory), "files": [str(path) for path in written]})
+    else:
+        for path in written:
+            print(path)
+
+
+@app.command("delete")
+def delete(model: ModelId, url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> None:
+    """Delete a fine-tuned model; its job and metrics stay."""
+    with Client(url, key) as client:
+        answer = client.delete(f"/v1/models/{segment(model)}")
+    if as_json:
+        emit(answer)
+    else:
+        note(f"deleted {model}")
+
+
+class _Body(io.RawIOBase):
+    """A response's chunks as a readable stream, so that the tar is unpacked while it arrives."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        """Always: that is all it can do."""
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        """Fill ``buffer`` from the front; 0 at the end of the body."""
+        while not self._rest:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._rest = memoryview(chunk)
+        target = memoryview(buffer)
+        count = min(len(target), len(self._rest))
+        target[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count

@@ -1,0 +1,81 @@
+"""`gradhelm serve`: the server in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from service.cli.errors import CliError, UsageProblem
+
+
+def serve(
+    host: Annotated[
+        str | None, typer.Option("--host", help="Address to listen on; 127.0.0.1 unless set.", show_default=False)
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one; 8000 unless set.", show_default=False),
+    ] = None,
+    home: Annotated[
+        Path | None, typer.Option("--home", help="Data folder; ~/.gradhelm unless set.", show_default=False)
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="Settings file (YAML).", show_default=False)] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option("--allowed-host", help="Name the server is reached under; repeat for more.", show_default=False),
+    ] = None,
+) -> None:
+    """Start the server, print its address, and serve until SIGTERM or Ctrl-C. Jobs outlive it."""
+    # The environment is the settings' own highest source, and it reaches the runs and engines started below us.
+    given = {
+        "GRADHELM_HOST": host,
+        "GRADHELM_PORT": None if port is None else str(port),
+        "GRADHELM_HOME": None if home is None else str(home.expanduser().absolute()),
+        "GRADHELM_ALLOWED_HOSTS": json.dumps(allowed_host) if allowed_host else None,
+    }
+    os.environ.update({name: value for name, value in given.items() if value is not None})
+    import uvicorn
+
+    from service.app import create_app
+    from service.log import configure
+    from service.settings import load_settings
+
+    try:
+        settings = load_settings(config)
+    except ValueError as error:
+        raise UsageProblem(f"The settings are not valid: {error}") from error
+    listener = listen(settings.host, settings.port)
+    configure(settings.log_level)
+    server = uvicorn.Server(uvicorn.Config(create_app(settings), log_config=None, access_log=False, lifespan="on"))
+    print(f"Gradhelm listens on {address(listener)} with its data in {settings.home}", flush=True)
+    server.run(sockets=[listener])
+    if not server.started:
+        raise CliError("The server could not start; its log above says why.")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, bound before anything is loaded so that a taken port is known at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise CliError(
+            f"Cannot listen on {host}:{port} ({error.strerror}): another program has it, or the address is not this "
+            "machine's. Take another with --port, or --port 0 for any free one."
+        ) from error
+    return listener
+
+
+def address(listener: socket.socket) -> str:
+    """URL of a listening socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,155 @@
+"""`gradhelm vectors`: fit, import, list and export steering vectors."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from service.cli import follow as following
+from service.cli.chat import parse_layers
+from service.cli.client import Client, segment
+from service.cli.errors import UsageProblem
+from service.cli.files import file_id
+from service.cli.jobs import pairs, scalar
+from service.cli.options import DEFAULT_URL, After, AsJson, Key, Limit, Url
+from service.cli.output import emit, fields, note, table
+
+app = typer.Typer(help="Fit steering vectors and look after them.", no_args_is_help=True)
+
+ROUTE = "/v1/steering/vectors"
+VectorId = Annotated[str, typer.Argument(metavar="VECTOR_ID", help="Id of a vector, vec_...", show_default=False)]
+COLUMNS = {
+    "id": "id",
+    "status": "status",
+    "name": "name",
+    "model": "model",
+    "method": "method",
+    "created_at": "created",
+}
+
+
+@app.command("fit")
+def fit(
+    model: Annotated[str, typer.Option("--model", "-m", help="Model whose activations are read.", show_default=False)],
+    data: Annotated[
+        str,
+        typer.Option("--file", "-f", help="Pairs (positive, negative): a file id or a path.", show_default=False),
+    ],
+    layers: Annotated[
+        str | None, typer.Option("--layers", help="Blocks like 12,13 or 4-7; all without.", show_default=False)
+    ] = None,
+    method: Annotated[str, typer.Option("--method", help="How the direction is found.")] = "mean_difference",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Setting of the fit; repeat for more.", show_default=False),
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name shown in lists.", show_default=False)] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Then watch it to its end.")] = False,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fit a vector as a job and print its id."""
+    options: dict[str, Any] = {key_: scalar(value) for key_, value in pairs(settings, "--set").items()}
+    if layers is not None:
+        try:
+            options["layers"] = parse_layers(layers)
+        except ValueError as error:
+            raise UsageProblem(f"--layers: {error}.") from error
+    with Client(url, key) as client:
+        body: dict[str, Any] = {"model": model, "training_file": file_id(client, data), "method": method, **options}
+        if name is not None:
+            body["name"] = name
+        answer = client.post(ROUTE, body, headers={"Idempotency-Key": str(uuid.uuid4())})
+        if follow:
+            view = following.JsonView() if as_json else following.make_view()
+            job = following.follow(client, f"/v1/fine_tuning/jobs/{segment(answer['job_id'])}", view)
+            if job["status"] in following.BAD:
+                raise typer.Exit(1)
+        elif as_json:
+            emit(answer)
+        else:
+            print(answer["id"])
+            note(f"watch it with `gradhelm jobs follow {answer.get('job_id')}`")
+
+
+@app.command("import")
+def import_vector(
+    path: Annotated[Path, typer.Argument(help="A .safetensors file of ours.", show_default=False)],
+    name: Annotated[str | None, typer.Option("--name", help="Name shown in lists.", show_default=False)] = None,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Import a vector from a file and print its id."""
+    with Client(url, key) as client:
+        answer = client.upload(f"{ROUTE}/import", path, {} if name is None else {"name": name})
+    if as_json:
+        emit(answer)
+    else:
+        print(answer["id"])
+
+
+@app.command("list")
+def list_vectors(
+    limit: Limit = 100, after: After = None, url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False
+) -> None:
+    """List vectors, newest first."""
+    with Client(url, key) as client:
+        rows = client.list(ROUTE, limit=limit, after=after)
+    if as_json:
+        emit(rows)
+    else:
+        table(rows, COLUMNS, empty="No vectors yet: `gradhelm vectors fit --model MODEL --file PAIRS`.")
+
+
+@app.command("get")
+def get(vector_id: VectorId, url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> None:
+    """Show one vector: its model, layers, norms and where it came from."""
+    with Client(url, key) as client:
+        answer = client.get(f"{ROUTE}/{segment(vector_id)}")
+    if as_json:
+        emit(answer)
+    else:
+        fields(answer)
+
+
+@app.command("export")
+def export(
+    vector_id: VectorId,
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="New .safetensors file.", show_default=False)],
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Download a vector as one safetensors file."""
+    partial = path.with_name(f".{path.name}.part")
+    with Client(url, key) as client:
+        try:
+            if path.exists():
+                raise UsageProblem(f"{path} exists already: choose another name.")
+            with partial.open("wb") as sink:
+                written = client.save(f"{ROUTE}/{segment(vector_id)}/content", sink)
+            partial.rename(path)
+        except OSError as error:
+            raise UsageProblem(f"Cannot write {path}: {error.strerror or error}.") from error
+        finally:
+            partial.unlink(missing_ok=True)
+    if as_json:
+        emit({"id": vector_id, "path": str(path), "bytes": written})
+    else:
+        note(f"wrote {written} bytes to {path}")
+
+
+@app.command("delete")
+def delete(vector_id: VectorId, url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> None:
+    """Delete a vector."""
+    with Client(url, key) as client:
+        answer = client.delete(f"{ROUTE}/{segment(vector_id)}")
+    if as_json:
+        emit(answer)
+    else:
+        note(f"deleted {vector_id}")
