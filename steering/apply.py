@@ -11,15 +11,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from core.models.sites import blocks, site_modules
-from steering.plan import Shift, decode_shift, prefill_shift, relative_shift
-from steering.spec import GENERATED, NEITHER, PROMPT, Fused, Key, Receipt, RowSpec, SteeringError, Target, Term, fuse
+from steering.plan import Plan, SteeredRow, decode_phases, decode_plan, prefill_plan
+from steering.shift import Shift, relative_shift
+from steering.spec import Fused, Key, Receipt, RowSpec, SteeringError, Target, Term, fuse
 
 __all__ = ["Receipt", "RowSpec", "RowState", "Steering", "SteeringError", "Term", "steer"]
 
@@ -52,28 +52,6 @@ class RowState:
         self._steering._settle()
         mean = self._shift / self._pairs if self._pairs else 0.0
         return Receipt(tuple(sorted(self._layers)), self._tokens, mean)
-
-
-@dataclass(slots=True)
-class _Gain:
-    """What one forward adds to a row's receipt."""
-
-    state: RowState
-    layers: set[int]
-    tokens: int
-    pairs: int
-
-
-@dataclass(slots=True)
-class _Plan:
-    """One forward: the shift of every hooked layer, and what it adds to the receipts."""
-
-    shape: tuple[int, int]
-    """(B, T)."""
-    shifts: dict[Key, Shift]
-    gains: list[_Gain]
-    touched: Tensor | None
-    """(layers, B) bool in a decode step: which rows are touched; None otherwise."""
 
 
 class _Slot:
@@ -117,8 +95,9 @@ class Steering:
         )
         self._slots: dict[Key, _Slot] = {}
         self._states: list[RowState | None] = []
-        self._steered: list[tuple[int, RowState]] = []
-        self._plan: _Plan | None = None
+        self._steered: list[SteeredRow] = []
+        self._devices: dict[Key, torch.device] = {}
+        self._plan: Plan | None = None
         self._phases: tuple[int, ...] | None = None
         self._seen: list[tuple[Tensor, Tensor]] = []  # decode: (h, steered h) of each layer
         self._sums: list[tuple[Shift, Tensor]] = []  # prefill: (K,) sums of each layer
@@ -150,16 +129,22 @@ class Steering:
             return
         self._settle()
         self._states, self._steered, self._plan, self._phases = [], [], None, None
-        steered = [(row, state) for row, state in enumerate(states) if state is not None]
-        if any(state._steering is not self for _, state in steered):
+        if any(state is not None and state._steering is not self for state in states):
             raise ValueError("a row was opened in another steering scope; open it in this one")
-        needed = {key for _, state in steered for key in state.fused}
+        steered = [
+            SteeredRow(row, state.fused, state.prompt_length, state.spec.preserve_norm)
+            for row, state in enumerate(states)
+            if state is not None
+        ]
+        needed = {key for row in steered for key in row.fused}
         for key in [key for key in self._slots if key not in needed]:
             self._slots.pop(key).handle.remove()
         for key in sorted(needed - self._slots.keys(), key=lambda key: (key[1], key[0])):
             self._slots[key] = _Slot(self, site_modules(self._model, key[0])[key[1]])
         for slot in self._slots.values():
             slot.armed = False
+        layers = blocks(self._model) if steered else []
+        self._devices = {key: next(layers[key[1]].parameters()).device for key in self._slots}
         self._states, self._steered = list(states), steered
 
     def positions(self, position_ids: Tensor, valid: Tensor) -> None:
@@ -179,19 +164,14 @@ class Steering:
         if batch != len(self._states) or valid.shape != position_ids.shape:
             raise ValueError(f"rows() was given {len(self._states)} rows, positions() {tuple(position_ids.shape)}")
         if length == 1:
-            places, real = position_ids[:, 0].tolist(), valid[:, 0].tolist()
-            phases = tuple(
-                NEITHER if not real[row] else PROMPT if places[row] < state.prompt_length else GENERATED
-                for row, state in self._steered
-            )
-            if phases != self._phases:
-                self._phases, self._plan = phases, self._decode_plan(batch, phases)
+            phases = decode_phases(self._steered, position_ids, valid)
+            if phases != self._phases or self._plan is None:
+                self._phases, self._plan = phases, decode_plan(self._steered, self._devices, batch, phases)
         else:
-            self._phases, self._plan = None, self._prefill_plan(position_ids, valid)
-        plan = self._plan
-        assert plan is not None
+            self._phases, self._plan = None, prefill_plan(self._steered, self._devices, position_ids, valid)
+        shifts = self._plan.shifts
         for key, slot in self._slots.items():
-            slot.shift = plan.shifts.get(key)
+            slot.shift = shifts.get(key)
             slot.armed = True
 
     def close(self) -> None:
@@ -202,65 +182,6 @@ class Steering:
         self._settle()
         self._states, self._steered = [], []
 
-    def _device(self, key: Key) -> torch.device:
-        """Give the device of a layer; its output lies there."""
-        return next(blocks(self._model)[key[1]].parameters()).device
-
-    def _decode_plan(self, batch: int, phases: tuple[int, ...]) -> _Plan:
-        shifts: dict[Key, Shift] = {}
-        gains = [_Gain(state, set(), 0, 0) for _, state in self._steered]
-        touched = []
-        for key in self._slots:
-            hit = [
-                (index, row, state.fused[key])
-                for index, (row, state) in enumerate(self._steered)
-                if key in state.fused and state.fused[key].active[phases[index]]
-            ]
-            if not hit:
-                continue
-            rows = [row for _, row, _ in hit]
-            keep = [self._steered[index][1].spec.preserve_norm for index, _, _ in hit]
-            fused = [f for _, _, f in hit]
-            shifts[key] = decode_shift(rows, batch, fused, [phases[i] for i, _, _ in hit], keep, self._device(key))
-            touched.append([row in rows for row in range(batch)])
-            for index, _, _ in hit:
-                gains[index].layers.add(key[1])
-                gains[index].tokens = 1
-                gains[index].pairs += 1
-        return _Plan((batch, 1), shifts, [g for g in gains if g.pairs], torch.tensor(touched) if touched else None)
-
-    def _prefill_plan(self, position_ids: Tensor, valid: Tensor) -> _Plan:
-        batch, length = position_ids.shape
-        chosen = torch.tensor([row for row, _ in self._steered], device=position_ids.device)
-        lengths = torch.tensor([[state.prompt_length] for _, state in self._steered], device=position_ids.device)
-        phase = (position_ids[chosen] >= lengths).long().masked_fill(~valid[chosen].bool(), NEITHER)  # (S, T)
-        counts = torch.stack([(phase == p).sum(1) for p in (PROMPT, GENERATED)], 1).tolist()
-        shifts: dict[Key, Shift] = {}
-        gains = [_Gain(state, set(), 0, 0) for _, state in self._steered]
-        alive = [[False, False] for _ in self._steered]
-        for key in self._slots:
-            hit = []
-            for index, (row, state) in enumerate(self._steered):
-                present = [
-                    p
-                    for p in (PROMPT, GENERATED)
-                    if key in state.fused and state.fused[key].active[p] and counts[index][p]
-                ]
-                for p in present:
-                    gains[index].layers.add(key[1])
-                    gains[index].pairs += counts[index][p]
-                    alive[index][p] = True
-                if present:
-                    hit.append((index, row, state))
-            if hit:
-                rows, keep = [row for _, row, _ in hit], [state.spec.preserve_norm for _, _, state in hit]
-                fused = [state.fused[key] for _, _, state in hit]
-                own = phase if len(hit) == len(self._steered) else phase[[index for index, _, _ in hit]]
-                shifts[key] = prefill_shift(rows, batch, fused, own, keep, self._device(key))
-        for gain, count, live in zip(gains, counts, alive, strict=True):
-            gain.tokens = sum(number for number, on in zip(count, live, strict=True) if on)
-        return _Plan((batch, length), shifts, [g for g in gains if g.pairs], None)
-
     def _shifted(self, shift: Shift, h: Tensor) -> Tensor:
         """Steer one layer's output, and keep what the receipts need."""
         plan = self._plan
@@ -268,7 +189,7 @@ class Steering:
         if h.shape[:2] != plan.shape:
             raise RuntimeError(f"positions() announced {plan.shape}, the forward has {tuple(h.shape[:2])}")
         out = shift.apply(h)
-        if plan.touched is not None:
+        if plan.untouched is not None:
             self._seen.append((h.detach(), out.detach()) if h.requires_grad else (h, out))
         else:
             self._sums.append((shift, shift.sums(h.detach(), out.detach())))
@@ -286,19 +207,20 @@ class Steering:
         if self._total is None:
             self._total = torch.zeros(len(self._states), dtype=torch.float64, device=device)
         if seen:
-            assert plan.touched is not None
-            before, after = (torch.stack([pair[i][:, 0].to(device) for pair in seen]) for i in (0, 1))
-            plan.touched = plan.touched.to(device)
-            self._total += relative_shift(before, after).masked_fill(~plan.touched, 0.0).sum(0)
+            assert plan.untouched is not None
+            before, after = (torch.stack([pair[i].to(device) for pair in seen]).squeeze(2) for i in (0, 1))
+            self._total += relative_shift(before, after).masked_fill(plan.untouched.to(device), 0.0).sum(0)
         for shift, amount in sums:
             if shift.rows is None:
                 self._total += amount.to(device)
             else:
                 self._total.index_add_(0, shift.rows.to(device), amount.to(device))
-        for gain in plan.gains:
-            gain.state._layers |= gain.layers
-            gain.state._tokens += gain.tokens
-            gain.state._pairs += gain.pairs
+        for row, gain in zip(self._steered, plan.gains, strict=True):
+            state = self._states[row.row]
+            assert state is not None
+            state._layers |= gain.layers
+            state._tokens += gain.tokens
+            state._pairs += gain.pairs
 
     def _settle(self) -> None:
         """Bring the sums from the device into the rows' receipts."""
@@ -306,8 +228,9 @@ class Steering:
         if self._total is None:
             return
         amounts = self._total.tolist()
-        for row, state in self._steered:
-            state._shift += amounts[row]
+        for amount, state in zip(amounts, self._states, strict=True):
+            if state is not None:
+                state._shift += amount
         self._total = None
 
 
@@ -325,12 +248,13 @@ def steer(model: nn.Module, *, fingerprint: str) -> Iterator[Steering]:
     Raises:
         RuntimeError: The model is being steered already.
     """
-    if model in _steered:
+    anchor = blocks(model)[0]  # one module, whether the model comes bare or inside a PeftModel
+    if anchor in _steered:
         raise RuntimeError("this model is being steered already; a second scope would steer it twice")
     steering = Steering(model, fingerprint)
-    _steered.add(model)
+    _steered.add(anchor)
     try:
         yield steering
     finally:
-        _steered.discard(model)
+        _steered.discard(anchor)
         steering.close()

@@ -1,141 +1,139 @@
-"""What one hooked layer does in one forward, as tensors: no Python work is left for the hook but one or two kernels.
+"""What one forward does to the rows of a batch: a shift for every hooked layer, and what each row's receipt gains.
 
-B batch, K steered rows of a layer, T tokens of the forward, D width.
+A decode step's plan depends only on the phase of each row's token, so it is made once and kept for many steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from steering.spec import Fused
-
-_TINY = torch.finfo(torch.float32).tiny
+from steering.shift import Shift, decode_shift, prefill_shift
+from steering.spec import GENERATED, NEITHER, PROMPT, Fused, Key
 
 
 @dataclass(frozen=True, slots=True)
-class Shift:
-    """The change of one layer's output in one forward."""
+class SteeredRow:
+    """A steered row of the batch, as far as a plan needs to know it."""
 
-    rows: Tensor | None
-    """(K,) int64, the batch rows that are steered here; None: every row."""
-    delta: Tensor
-    """(K, 1, D) float32 in a decode step, else (K, 3, D): one delta per phase."""
-    phase: Tensor | None
-    """(K, T) int64 phases of the tokens; None in a decode step, whose delta is already chosen."""
-    touched: Tensor
-    """(K, T) bool: tokens that the delta changes."""
-    keep: Tensor | None
-    """(K, T, 1) bool: tokens whose norm is restored; None: none."""
-
-    def apply(self, h: Tensor) -> Tensor:
-        """Steer a layer's output.
-
-        The sum is taken in float32 (or wider) and rounded once to the dtype of `h`. Rows that are not in `rows` are
-        copied, so they keep every bit.
-
-        Args:
-            h: (B, T, D), any floating dtype; not changed.
-
-        Returns:
-            (B, T, D) of the same dtype.
-        """
-        delta = self.delta
-        if self.phase is not None:
-            delta = delta.gather(1, self.phase.unsqueeze(2).expand(-1, -1, delta.shape[2]))
-        if self.keep is None and h.dtype is torch.float32:
-            return h + delta if self.rows is None else h.index_add(0, self.rows, delta)
-        x = h if self.rows is None else h.index_select(0, self.rows)
-        x = x.to(torch.promote_types(h.dtype, torch.float32))
-        y = x + delta
-        if self.keep is not None:
-            scale = _norm(x) / _norm(y).clamp_min(_TINY)
-            y = y * torch.where(self.keep, scale, torch.ones_like(scale))
-        y = y.to(h.dtype)
-        return y if self.rows is None else h.index_copy(0, self.rows, y)
-
-    def sums(self, before: Tensor, after: Tensor) -> Tensor:
-        """Sum |dh| / |h| over the touched tokens of each row.
-
-        Args:
-            before: (B, T, D), the layer's output.
-            after: (B, T, D), the steered output.
-
-        Returns:
-            (K,) float64.
-        """
-        if self.rows is not None:
-            before, after = before.index_select(0, self.rows), after.index_select(0, self.rows)
-        ratio = relative_shift(before, after)
-        return torch.where(self.touched, ratio, torch.zeros_like(ratio)).sum(1, dtype=torch.float64)
+    row: int
+    """Its place in the batch."""
+    fused: Mapping[Key, Fused]
+    prompt_length: int
+    preserve_norm: bool
 
 
-def relative_shift(before: Tensor, after: Tensor) -> Tensor:
-    """Measure |after - before| / |before| over the last dimension, in float32.
+@dataclass(slots=True)
+class Gain:
+    """What one forward adds to a row's receipt."""
+
+    layers: set[int] = field(default_factory=set)
+    tokens: int = 0
+    """Positions that some layer changes."""
+    pairs: int = 0
+    """(position, layer) pairs that are changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One forward."""
+
+    shape: tuple[int, int]
+    """(B, T)."""
+    shifts: Mapping[Key, Shift]
+    gains: Sequence[Gain]
+    """One per steered row."""
+    untouched: Tensor | None
+    """(layers, B) bool in a decode step: where a row is not touched; None otherwise."""
+
+
+def decode_phases(steered: Sequence[SteeredRow], position_ids: Tensor, valid: Tensor) -> tuple[int, ...]:
+    """Say in which phase each steered row's one token is.
 
     Args:
-        before: (..., D).
-        after: (..., D).
+        steered: The steered rows.
+        position_ids: (B, 1) int.
+        valid: (B, 1) bool.
 
     Returns:
-        (...) float32; where `before` is zero, it counts as the smallest normal number.
+        PROMPT, GENERATED or NEITHER for each steered row.
     """
-    before = before.float()
-    ratio = torch.linalg.vector_norm(after.float() - before, dim=-1)
-    return ratio / torch.linalg.vector_norm(before, dim=-1).clamp_min(_TINY)
+    places, real = position_ids[:, 0].tolist(), valid[:, 0].tolist()
+    return tuple(
+        NEITHER if not real[s.row] else PROMPT if places[s.row] < s.prompt_length else GENERATED for s in steered
+    )
 
 
-def decode_shift(rows: Sequence[int], batch: int, fused: Sequence[Fused], phases: Sequence[int], keep: Sequence[bool],
-                 device: torch.device) -> Shift:  # fmt: skip
-    """Build the shift of a one-token forward.
+def decode_plan(steered: Sequence[SteeredRow], devices: Mapping[Key, torch.device], batch: int,
+                phases: Sequence[int]) -> Plan:  # fmt: skip
+    """Plan a forward of one token a row.
 
     Args:
-        rows: Batch rows that are touched, K of them.
+        steered: The steered rows.
+        devices: Every hooked place, with its device.
         batch: B.
-        fused: Their deltas at this layer.
-        phases: The phase of each row's token.
-        keep: Whether each row restores norms.
-        device: Where the layer's output lies.
+        phases: See `decode_phases`.
 
     Returns:
-        The shift, with deltas (K, 1, D).
+        The plan; it holds as long as the phases do.
     """
-    delta = torch.stack([f.table[phase] for f, phase in zip(fused, phases, strict=True)]).unsqueeze(1)
-    restored = torch.tensor(keep, device=device).reshape(-1, 1, 1) if any(keep) else None
-    touched = torch.ones(len(rows), 1, dtype=torch.bool, device=device)
-    return Shift(_index(rows, batch, device), delta.to(device), None, touched, restored)
+    shifts: dict[Key, Shift] = {}
+    gains = [Gain() for _ in steered]
+    untouched: list[list[bool]] = []
+    for key, device in devices.items():
+        hit = [i for i, s in enumerate(steered) if key in s.fused and s.fused[key].active[phases[i]]]
+        if not hit:
+            continue
+        rows = [steered[i].row for i in hit]
+        fused, keep = [steered[i].fused[key] for i in hit], [steered[i].preserve_norm for i in hit]
+        shifts[key] = decode_shift(rows, batch, fused, [phases[i] for i in hit], keep, device)
+        untouched.append([row not in rows for row in range(batch)])
+        for i in hit:
+            gains[i].layers.add(key[1])
+            gains[i].tokens = 1
+            gains[i].pairs += 1
+    where = next(iter(devices.values()))
+    return Plan((batch, 1), shifts, gains, torch.tensor(untouched, dtype=torch.bool, device=where))
 
 
-def prefill_shift(rows: Sequence[int], batch: int, fused: Sequence[Fused], phase: Tensor, keep: Sequence[bool],
-                  device: torch.device) -> Shift:  # fmt: skip
-    """Build the shift of a forward of several tokens a row.
+def prefill_plan(steered: Sequence[SteeredRow], devices: Mapping[Key, torch.device], position_ids: Tensor,
+                 valid: Tensor) -> Plan:  # fmt: skip
+    """Plan a forward of several tokens a row.
 
     Args:
-        rows: Batch rows that may be touched, K of them.
-        batch: B.
-        fused: Their deltas at this layer.
-        phase: (K, T) int64 phases of their tokens.
-        keep: Whether each row restores norms.
-        device: Where the layer's output lies.
+        steered: The steered rows.
+        devices: Every hooked place, with its device.
+        position_ids: (B, T) int, absolute positions.
+        valid: (B, T) bool.
 
     Returns:
-        The shift, with deltas (K, 3, D).
+        The plan of this forward.
     """
-    phase = phase.to(device)
-    table = torch.stack([f.table for f in fused]).to(device)
-    touched = torch.tensor([f.active for f in fused], device=device).gather(1, phase)
-    restored = None
-    if any(keep):
-        restored = (touched & torch.tensor(keep, device=device).unsqueeze(1)).unsqueeze(2)
-    return Shift(_index(rows, batch, device), table, phase, touched, restored)
-
-
-def _index(rows: Sequence[int], batch: int, device: torch.device) -> Tensor | None:
-    return None if len(rows) == batch else torch.tensor(rows, dtype=torch.int64, device=device)
-
-
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    at = position_ids.device
+    rows = torch.tensor([s.row for s in steered], device=at)
+    lengths = torch.tensor([[s.prompt_length] for s in steered], device=at)
+    phase = (position_ids[rows] >= lengths).long().masked_fill(~valid[rows].bool(), NEITHER)  # (S, T)
+    counts = torch.stack([(phase == p).sum(1) for p in (PROMPT, GENERATED)], 1).tolist()
+    shifts: dict[Key, Shift] = {}
+    gains = [Gain() for _ in steered]
+    live: list[set[int]] = [set() for _ in steered]  # phases in which some layer changes the row
+    for key, device in devices.items():
+        hit = []
+        for i, s in enumerate(steered):
+            present = [p for p in (PROMPT, GENERATED) if key in s.fused and s.fused[key].active[p] and counts[i][p]]
+            if present:
+                hit.append(i)
+                live[i].update(present)
+                gains[i].layers.add(key[1])
+                gains[i].pairs += sum(counts[i][p] for p in present)
+        if hit:
+            own = phase if len(hit) == len(steered) else phase[hit]
+            fused, keep = [steered[i].fused[key] for i in hit], [steered[i].preserve_norm for i in hit]
+            batch = position_ids.shape[0]
+            shifts[key] = prefill_shift([steered[i].row for i in hit], batch, fused, own, keep, device)
+    for gain, count, phases in zip(gains, counts, live, strict=True):
+        gain.tokens = sum(count[p] for p in phases)
+    return Plan((position_ids.shape[0], position_ids.shape[1]), shifts, gains, None)
