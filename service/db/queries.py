@@ -1,0 +1,207 @@
+"""Named queries on the job tables, each with the index that serves it; the store puts them in transactions."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Select, func, select, update
+from sqlalchemy.orm import Session
+
+from service.db.tables import Checkpoint, Job, JobEvent
+
+_PLAIN: Any = {"synchronize_session": False}
+
+
+def job_by_id(session: Session, job_id: str) -> Job | None:
+    """One job (unique index on ``id``).
+
+    Args:
+        session: any transaction.
+        job_id: its id.
+
+    Returns:
+        The row, or None.
+    """
+    return session.scalars(select(Job).where(Job.id == job_id)).one_or_none()
+
+
+def jobs_page(
+    session: Session, *, before: int | None, limit: int, metadata: Mapping[str, str], **equal: str | None
+) -> Sequence[Job]:
+    """Newest jobs first (primary key, or ``ix_jobs_kind_number``).
+
+    Args:
+        session: any transaction.
+        before: only numbers below this.
+        limit: rows at most.
+        metadata: pairs that must all be present.
+        **equal: columns that must have a value; None: any.
+
+    Returns:
+        Rows.
+    """
+    query = select(Job).order_by(Job.number.desc()).limit(limit)
+    if before is not None:
+        query = query.where(Job.number < before)
+    for column, value in equal.items():
+        if value is not None:
+            query = query.where(getattr(Job, column) == value)
+    sqlite = session.get_bind().dialect.name == "sqlite"
+    for name, value in metadata.items():
+        query = query.where(_metadata_is(name, value, sqlite))
+    return session.scalars(query).all()
+
+
+def _metadata_is(name: str, value: str, sqlite: bool) -> ColumnElement[bool]:
+    if not sqlite:
+        return Job.metadata_[name].as_string() == value
+    # SQLite's JSON paths cannot name a key that holds a quote; json_each compares keys as plain text.
+    pair = func.json_each(Job.metadata_).table_valued("key", "value")
+    return select(1).select_from(pair).where(pair.c.key == name, pair.c.value == value).exists()
+
+
+def events_page(
+    session: Session, job_id: str, *, after: int | None, limit: int, newest_first: bool
+) -> Sequence[JobEvent]:
+    """Events of one job (primary key).
+
+    Args:
+        session: any transaction.
+        job_id: the job.
+        after: the last seq seen, in the order of the listing.
+        limit: rows at most.
+        newest_first: descending seq.
+
+    Returns:
+        Rows.
+    """
+    query = select(JobEvent).where(JobEvent.job_id == job_id).limit(limit)
+    query = query.order_by(JobEvent.seq.desc() if newest_first else JobEvent.seq)
+    if after is not None:
+        query = query.where(JobEvent.seq < after if newest_first else JobEvent.seq > after)
+    return session.scalars(query).all()
+
+
+def checkpoints_page(
+    session: Session, job_id: str, *, after: str | None, limit: int, available: bool
+) -> Sequence[Checkpoint]:
+    """Newest checkpoints first (``ix_checkpoints_job_id_step``).
+
+    Args:
+        session: any transaction.
+        job_id: the job.
+        after: id of the last checkpoint seen.
+        limit: rows at most.
+        available: only those that retention has left.
+
+    Returns:
+        Rows.
+    """
+    query = select(Checkpoint).where(Checkpoint.job_id == job_id).order_by(Checkpoint.step.desc()).limit(limit)
+    if available:
+        query = query.where(Checkpoint.available)
+    if after is not None:
+        query = query.where(Checkpoint.step < select(Checkpoint.step).where(Checkpoint.id == after).scalar_subquery())
+    return session.scalars(query).all()
+
+
+def _oldest_free(status: str, now: float) -> Select[tuple[int]]:
+    return (
+        select(Job.number)
+        .where(Job.status == status, Job.lease_token.is_(None), Job.not_before <= now)
+        .order_by(Job.number)
+        .limit(1)
+        .with_for_update(skip_locked=True)  # PostgreSQL; SQLite's BEGIN IMMEDIATE has the whole file already
+    )
+
+
+def claim(session: Session, *, status: str, target: str, owner: str, now: float, ttl: float) -> Job | None:
+    """The oldest free job of a status gets a lease (``ix_jobs_status_number``).
+
+    Args:
+        session: a write transaction.
+        status: what it must be in.
+        target: what it becomes.
+        owner: who claims.
+        now: seconds since the epoch.
+        ttl: seconds.
+
+    Returns:
+        The job with its new token, or None.
+    """
+    values: dict[str, Any] = {
+        "status": target,
+        "attempt": Job.attempt + 1,
+        "lease_owner": owner,
+        "lease_token": secrets.token_hex(16),
+        "lease_expires_at": now + ttl,
+    }
+    if target == "running":
+        values["started_at"] = func.coalesce(Job.started_at, int(now))
+    free = (Job.number == _oldest_free(status, now).scalar_subquery(), Job.status == status, Job.lease_token.is_(None))
+    return session.scalars(
+        update(Job).where(*free).values(values).returning(Job), execution_options=_PLAIN
+    ).one_or_none()
+
+
+def take_over(session: Session, *, owner: str, now: float, ttl: float, everything: bool) -> Sequence[Job]:
+    """Leases that ran out get a new owner and token (``ix_jobs_lease_expires_at``).
+
+    Args:
+        session: a write transaction.
+        owner: the new owner.
+        now: seconds since the epoch.
+        ttl: seconds.
+        everything: also leases that still hold.
+
+    Returns:
+        The jobs.
+    """
+    guards = [Job.lease_token.is_not(None)]
+    if not everything:
+        guards += [Job.lease_expires_at < now, Job.lease_owner != owner]
+    values = {"lease_owner": owner, "lease_token": secrets.token_hex(16), "lease_expires_at": now + ttl}
+    return session.scalars(update(Job).where(*guards).values(values).returning(Job), execution_options=_PLAIN).all()
+
+
+def renew(session: Session, job_id: str, token: str, expires: float) -> bool:
+    """Prolong one lease.
+
+    Args:
+        session: a write transaction.
+        job_id: the job.
+        token: its lease token.
+        expires: seconds since the epoch.
+
+    Returns:
+        Whether the lease was still this one.
+    """
+    guarded = update(Job).where(Job.id == job_id, Job.lease_token == token).values(lease_expires_at=expires)
+    return bool(session.scalars(guarded.returning(Job.id)).all())
+
+
+def guarded_update(
+    session: Session, job_id: str, guards: Mapping[str, Any], values: Mapping[str, Any], new_events: int
+) -> Job | None:
+    """Change one job if its columns have the values that the writer believes in, and count its events up.
+
+    Args:
+        session: a write transaction.
+        job_id: the job.
+        guards: column to value; all must match.
+        values: column to new value.
+        new_events: how many events the writer appends.
+
+    Returns:
+        The job after it, or None: a guard failed.
+    """
+    where: list[ColumnElement[bool]] = [Job.id == job_id]
+    for column, value in guards.items():
+        attribute = getattr(Job, column)
+        where.append(attribute.is_(None) if value is None else attribute == value)
+    changed = {**values, "last_seq": Job.last_seq + new_events}
+    return session.scalars(
+        update(Job).where(*where).values(changed).returning(Job), execution_options=_PLAIN
+    ).one_or_none()

@@ -1,0 +1,137 @@
+"""What makes a repeated POST safe: explicit keys, and the retries that the OpenAI SDK sends without one.
+
+The SDK retries a POST twice and tells only ``x-stainless-retry-count``. A server that died between its commit and its
+answer would then own two jobs; so such a retry answers with the newest job of the same API key and body.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+from sqlalchemy import ColumnElement, delete, select
+from sqlalchemy.orm import Session
+
+from service.db.tables import Idempotency, Job
+from service.jobs.records import IdempotencyInFlight, IdempotencyMismatch
+
+KEEP_SECONDS = 24 * 3600.0
+"""An explicit key is remembered for a day."""
+
+RETRY_SECONDS = 600
+"""A keyless retry matches jobs that are not older than this."""
+
+ABANDONED_SECONDS = 60.0
+"""A reservation older than this belongs to a request that died; another request may take it."""
+
+
+def expired(now: float) -> ColumnElement[bool]:
+    """The condition for rows that may go.
+
+    Args:
+        now: seconds since the epoch.
+
+    Returns:
+        An SQL condition.
+    """
+    return Idempotency.created_at < now - KEEP_SECONDS
+
+
+def enter(session: Session, key_id: str, key: str, body_hash: str, token: str | None, now: float) -> Job | str:
+    """Find the job of a key, or take the key.
+
+    Args:
+        session: inside a write transaction.
+        key_id: the API key.
+        key: the ``Idempotency-Key``.
+        body_hash: sha256 of the body.
+        token: of an earlier ``enter`` by the same request.
+        now: seconds since the epoch.
+
+    Returns:
+        The earlier job, or the token under which the key is now held.
+
+    Raises:
+        IdempotencyMismatch: other body.
+        IdempotencyInFlight: held by another request.
+    """
+    if not key or len(key) > 255:
+        raise ValueError("an Idempotency-Key has 1 to 255 characters")
+    row = session.scalars(
+        select(Idempotency).where(Idempotency.key_id == key_id, Idempotency.key == key).with_for_update()
+    ).one_or_none()
+    if row is not None and row.created_at < now - KEEP_SECONDS:
+        session.delete(row)
+        session.flush()
+        row = None
+    if row is None:
+        held = token or secrets.token_hex(16)
+        session.add(Idempotency(key_id=key_id, key=key, body_hash=body_hash, token=held, job_id=None, created_at=now))
+        session.flush()
+        return held
+    if row.body_hash != body_hash:
+        raise IdempotencyMismatch(
+            "this Idempotency-Key was used with another request body in the last 24 hours; use a new key"
+        )
+    if row.job_id is not None:
+        job = session.scalars(select(Job).where(Job.id == row.job_id)).one_or_none()
+        if job is not None:
+            return job
+        row.job_id = None  # the job was deleted: the key is free again
+    elif row.token != token and row.created_at > now - ABANDONED_SECONDS:
+        raise IdempotencyInFlight("the first request with this Idempotency-Key is still being answered; try again")
+    row.token = token or secrets.token_hex(16)
+    row.created_at = now
+    session.flush()
+    return row.token
+
+
+def complete(session: Session, key_id: str, key: str, job_id: str) -> None:
+    """Write the job under the key that this transaction holds.
+
+    Args:
+        session: the transaction that inserted the job.
+        key_id: the API key.
+        key: the ``Idempotency-Key``.
+        job_id: the new job.
+    """
+    row = session.get_one(Idempotency, (key_id, key))
+    row.job_id = job_id
+
+
+def release(session: Session, key_id: str, key: str, token: str) -> None:
+    """Free a key whose request was refused.
+
+    Args:
+        session: inside a write transaction.
+        key_id: the API key.
+        key: the ``Idempotency-Key``.
+        token: from ``enter``.
+    """
+    session.execute(
+        delete(Idempotency).where(
+            Idempotency.key_id == key_id,
+            Idempotency.key == key,
+            Idempotency.token == token,
+            Idempotency.job_id.is_(None),
+        )
+    )
+
+
+def recent(session: Session, key_id: str, body_hash: str, now: float) -> Job | None:
+    """The job that a keyless retry means: the newest one of the same API key and body.
+
+    Args:
+        session: any transaction.
+        key_id: the API key.
+        body_hash: sha256 of the body.
+        now: seconds since the epoch.
+
+    Returns:
+        A job of the last ten minutes, or None.
+    """
+    return session.scalars(
+        select(Job)
+        .where(Job.key_id == key_id, Job.body_hash == body_hash, Job.created_at >= int(now) - RETRY_SECONDS)
+        .order_by(Job.number.desc())
+        .limit(1)
+    ).one_or_none()
