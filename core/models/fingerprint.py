@@ -14,7 +14,10 @@ EDGE = 4096
 
 # What may change without changing what the model computes, or only says who wrote the file.
 _VOLATILE = frozenset(
-    {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "_commit_hash", "architectures"}
+    {
+        *("transformers_version", "_name_or_path", "_model_name_or_path", "_commit_hash", "architectures", "use_cache"),
+        *("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"),
+    }
 )
 
 

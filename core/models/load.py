@@ -66,7 +66,9 @@ def load(
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     parsed = parse_ref(ref) if isinstance(ref, str) else ref
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; give {', '.join(DTYPES)}")

@@ -109,7 +109,9 @@ def write(name: str, directory: Path) -> None:
     """Writes the tiny model ``name`` into an existing empty directory: float32 safetensors, tokenizer, template."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     made = tokenizer()
     config = _config(name, pad=made.pad_token_id, eos=made.eos_token_id)
     with torch.random.fork_rng(devices=[]):

@@ -50,12 +50,14 @@ def convert_gguf(file: Path, directory: Path) -> None:
     Raises:
         ValueError: if the header is malformed or the architecture is not supported.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
     from core.models.gguf import check
 
     check(file)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
@@ -68,6 +70,8 @@ def convert_gguf(file: Path, directory: Path) -> None:
         del model.config.quantization_config
     for flag in ("is_quantized", "quantization_method"):
         model.__dict__.pop(flag, None)
+    model.config.__dict__.pop("_model_name_or_path", None)
+    tokenizer.model_max_length = model.config.max_position_embeddings
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     model.config.eos_token_id = eos
     model.config.pad_token_id = eos if pad is None else pad
