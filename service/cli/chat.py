@@ -30,7 +30,13 @@ def parse_vector(text: str) -> dict[str, Any]:
 
 
 def parse_layers(text: str) -> list[int]:
-    """``12,13`` or ``4-7`` or both mixed, as sorted block indices from 0.
+    """``12,13`` or ``4-7`` or both mixed.
+
+    Args:
+        text: what the user wrote.
+
+    Returns:
+        Block indices from 0, sorted.
 
     Raises:
         ValueError: the text names no layers.

@@ -145,6 +145,16 @@ class Client:
     ) -> Iterator[sse.Event]:
         """Server-sent events of a route, until the server ends the stream.
 
+        Args:
+            method: GET or POST.
+            path: the route.
+            params: query parameters.
+            body: JSON body.
+            last_id: id of the last event already seen; the stream goes on behind it.
+
+        Yields:
+            Events in order.
+
         Raises:
             ServerGone: the connection broke before the server ended the stream.
             ServerRefused: the server answered with an error instead.

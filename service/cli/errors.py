@@ -6,7 +6,7 @@ from __future__ import annotations
 class CliError(Exception):
     """The command cannot go on.
 
-    Attributes:
+    Args:
         message: what happened and what to do about it, one or more lines.
         exit_code: 1 when the server (or the machine) said no, 2 when the command was asked wrongly.
     """
@@ -31,7 +31,8 @@ class ServerGone(CliError):
 class ServerRefused(CliError):
     """The server answered with an error.
 
-    Attributes:
+    Args:
+        message: what the server said.
         status: the HTTP status.
         code: the wire's error code, or None.
         retry_after: seconds that the server asked us to wait, or None.

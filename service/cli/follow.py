@@ -20,6 +20,7 @@ from service.cli.output import emit, err, out, when
 BAD = frozenset({"failed", "cancelled"})
 SETTLED = BAD | {"succeeded", "paused"}
 RETRY_FOR = 60.0
+PAUSE = 0.5  # seconds between two tries
 
 
 class View(AbstractContextManager["View"], Protocol):
@@ -42,7 +43,7 @@ class JsonView:
         return None
 
     def job(self, job: dict[str, Any]) -> None:
-        """Only the settled job is printed: it is the result."""
+        """Only the settled job is printed, last: it is the result."""
         if job["status"] in SETTLED:
             emit(job, indent=None)
 
@@ -173,14 +174,16 @@ def follow(client: Client, route: str, view: View, *, retry_for: float = RETRY_F
             try:
                 job = client.get(route)
                 silent_since = None
-                view.job(job)
+                if job["status"] not in SETTLED:
+                    view.job(job)
                 for event in client.events("GET", f"{route}/events", params={"stream": "true"}, last_id=last_id):
                     body = event.json()
                     last_id = event.id if event.id is not None else last_id
                     if body is not None and body.get("object") == "fine_tuning.job.event":
                         view.event(body)
-                # The stream ends when the job is settled or the server shuts down: only the job itself knows.
-                if job["status"] in SETTLED or (job := client.get(route))["status"] in SETTLED:
+                # The stream ends when the job is settled or the server shuts down. Only a job that was settled before
+                # its stream was read to the end has nothing more to tell.
+                if job["status"] in SETTLED:
                     view.job(job)
                     return job
             except (ServerGone, ServerRefused) as error:
@@ -194,4 +197,4 @@ def follow(client: Client, route: str, view: View, *, retry_for: float = RETRY_F
                     )
                 if now - silent_since >= retry_for:
                     raise
-            time.sleep(0.5)
+            time.sleep(PAUSE)

@@ -1,0 +1,97 @@
+"""Following survives broken connections and restarts: nothing is shown twice, nothing is missing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from service.cli import follow
+from tests.unit.service.cli.conftest import Reply, Run, Script
+
+JOB = "/v1/fine_tuning/jobs/ftjob-1"
+
+
+def job(status: str, **more: object) -> Reply:
+    return Reply({"id": "ftjob-1", "object": "fine_tuning.job", "status": status, **more})
+
+
+def events(*numbers: int, cut: bool = False) -> Reply:
+    text = ""
+    for number in numbers:
+        event = {
+            "object": "fine_tuning.job.event",
+            "id": f"ftevent-{number}",
+            "created_at": 1_700_000_000,
+            "level": "info",
+            "message": f"step {number}",
+            "type": "metrics",
+            "data": {"step": number, "total_steps": 4, "train_loss": 1.5},
+        }
+        text += f"id: {number}\ndata: {json.dumps(event)}\n\n"
+    return Reply(text.encode(), headers={"Content-Type": "text/event-stream"}, cut=cut)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "PAUSE", 0.01)
+
+
+def test_a_cut_stream_goes_on_behind_the_last_event(run: Run, script: Script) -> None:
+    script.on(f"GET {JOB}", job("running"), job("running"), job("succeeded", fine_tuned_model="ft:x"))
+    script.on(f"GET {JOB}/events", events(1, 2, cut=True), events(3), events(4))
+    result = run("jobs", "follow", "ftjob-1", "--json", "--url", script.url)
+    assert result.code == 0
+    assert [line.get("message") for line in result.lines[:-1]] == ["step 1", "step 2", "step 3", "step 4"]
+    assert result.lines[-1]["status"] == "succeeded"
+    sent = script.sent(f"GET {JOB}/events")
+    assert [one.headers.get("Last-Event-ID") for one in sent] == [None, "2", "3"]
+    assert "broke" in result.err
+
+
+def test_a_paused_server_is_waited_for(run: Run, script: Script) -> None:
+    script.on(f"GET {JOB}", Reply({"error": {"message": "Draining."}}, 503), job("succeeded"))
+    script.on(f"GET {JOB}/events", events(1))
+    result = run("jobs", "follow", "ftjob-1", "--url", script.url)
+    assert result.code == 0
+    assert "Draining. Trying again" in result.err
+    assert "step 1" in result.out
+    assert result.out.count("succeeded") == 1
+
+
+def test_a_server_that_stays_away_ends_it(run: Run) -> None:
+    result = run("jobs", "follow", "ftjob-1", "--retry-for", "0", "--url", "http://127.0.0.1:9")
+    assert result.code == 1
+    assert "gradhelm serve" in result.err
+
+
+@pytest.mark.parametrize(("status", "code"), [("succeeded", 0), ("paused", 0), ("failed", 1), ("cancelled", 1)])
+def test_the_exit_code_tells_how_it_ended(run: Run, script: Script, status: str, code: int) -> None:
+    error = {"code": "bad_data", "message": "Row 3 has no answer."} if status == "failed" else None
+    script.on(f"GET {JOB}", job(status, error=error))
+    script.on(f"GET {JOB}/events", events(1))
+    result = run("jobs", "follow", "ftjob-1", "--url", script.url)
+    assert result.code == code
+    assert status in result.out
+    assert ("Row 3 has no answer." in result.out) == (status == "failed")
+
+
+def test_an_unknown_job_is_not_waited_for(run: Run, script: Script) -> None:
+    script.on(f"GET {JOB}", Reply({"error": {"message": "No such job."}}, 404))
+    result = run("jobs", "follow", "ftjob-1", "--url", script.url)
+    assert (result.code, len(script.asked)) == (1, 1)
+
+
+def test_the_bar_shows_loss_and_the_end(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    view = follow.BarView()
+    with view:
+        view.job({"id": "ftjob-1", "status": "running"})
+        data = {"step": 3, "total_steps": 4, "train_loss": 0.25, "tokens_per_second": 120.0, "eta_seconds": 9}
+        view.event({"type": "metrics", "data": data})
+        view.event({"type": "message", "level": "warn", "message": "[look] out", "created_at": 1_700_000_000})
+        view.job({"id": "ftjob-1", "status": "succeeded", "fine_tuned_model": "ft:x"})
+    shown = capsys.readouterr().out
+    for text in ("3/4", "loss 0.2500", "120 tokens/s", "9 s left", "[look] out", "ft:x"):
+        assert text in shown
