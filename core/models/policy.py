@@ -50,8 +50,8 @@ _WEIGHTS = frozenset({"quantization_config", "compression_config", "gguf_file", 
 _ATTENTION = frozenset({"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"})
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".msgpack", ".h5"})
 _CODE_FILES = frozenset({".py", ".pyc", ".so", ".dll", ".dylib", ".pyd"})
-# Vocabularies are dictionaries whose keys are text, and the index is checked by itself: no key in them is a setting.
-_PLAIN_JSON = frozenset({"tokenizer.json", "vocab.json", "added_tokens.json"})
+# In a vocabulary the keys are text, and in our own manifest they are the user's: none of them is a setting.
+_PLAIN_JSON = frozenset({"tokenizer.json", "vocab.json", "added_tokens.json", "manifest.json"})
 _INDEX = "model.safetensors.index.json"
 _ADAPTER_INITS: tuple[object, ...] = (True, False, None, "gaussian", "orthogonal")
 _DOTTED = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
@@ -136,10 +136,7 @@ def check_adapter(path: Path) -> dict[str, Any]:
     config = read_json(files["adapter_config.json"])
     if config.get("peft_type") != "LORA":
         raise PolicyError(f"adapter type {config.get('peft_type')!r:.80} is not supported; supported: LORA")
-    if not any(
-        config.get("init_lora_weights", True) is known or config.get("init_lora_weights", True) == known
-        for known in _ADAPTER_INITS
-    ):
+    if config.get("init_lora_weights", True) not in _ADAPTER_INITS:
         raise PolicyError("the adapter's init_lora_weights would change the base; convert it to a plain LoRA first")
     _check_files(files)
     return config
@@ -190,7 +187,7 @@ def _check_files(files: Mapping[str, Path]) -> None:
     for name, path in files.items():
         suffix = Path(name).suffix.lower()
         if suffix in _PICKLES:
-            raise PolicyError(f"{name} may be a pickle, which runs code when it is read: only safetensors are accepted")
+            raise PolicyError(f"{name} is in a format that may run code when read: only safetensors are accepted")
         if suffix in _CODE_FILES:
             raise PolicyError(f"{name} is program code: a model directory must hold data only")
         if suffix == ".json" and Path(name).name not in _PLAIN_JSON and Path(name).name != _INDEX:
