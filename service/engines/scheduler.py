@@ -1,0 +1,255 @@
+"""The continuous batch: requests join and leave between decode steps.
+
+A step does at most one bounded piece of prefill (the oldest waiting requests that fit, together; a long prompt in
+chunks) and then one decode forward over all rows. Prefill runs in a cache of its own, whose rows then join the batch.
+Requests are taken in the order in which they came; one that does not fit yet holds back those behind it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from service.engines.base import Chunk, EngineBusy, EngineError, EngineUnavailable, Request
+from service.engines.cache import BLOCK, RowCache
+from service.engines.detokenise import Texts
+from service.engines.model import Row, TransformersModel
+from service.engines.prompts import encode, limit
+from service.engines.sampling import choose
+from service.engines.sequence import Sequence, logprobs
+from service.engines.vectors import Vectors, as_engine_error
+from steering.spec import SteeringError
+
+Event = tuple[str, Chunk | EngineError]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a batch may take.
+
+    Attributes:
+        rows: requests that generate at once.
+        waiting: requests that may wait for a row.
+        cache_bytes: of keys and values, all rows at the length that they may reach.
+        prefill_tokens: of prompts in one step (padding counted): what a decode step may be delayed by.
+        default_max_tokens: where a request gives no ``max_tokens``.
+    """
+
+    rows: int = 16
+    waiting: int = 64
+    cache_bytes: int = 2 << 30
+    prefill_tokens: int = 256
+    default_max_tokens: int = 1024
+
+
+@dataclass(slots=True)
+class _Prefill:
+    """Requests whose prompts are being read."""
+
+    sequences: list[Sequence]
+    cache: RowCache
+    done: int = 0  # tokens read so far; more than one sequence is read in one go
+
+
+class Scheduler:
+    """Owns the waiting requests, the prefill and the batch of one model.
+
+    Args:
+        model: the one function that runs it.
+        limits: what it may take.
+    """
+
+    def __init__(self, model: TransformersModel, limits: Limits) -> None:
+        self.model = model
+        self.limits = limits
+        self.context = min(model.context, limits.cache_bytes // model.token_bytes)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.steps = 0
+        self._prefill: _Prefill | None = None
+        self._cache = model.new_cache(0)
+        self._texts = Texts(model.tokenizer)
+        self._vectors = Vectors()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self.waiting or self.running or self._prefill)
+
+    def stats(self) -> dict[str, Any]:
+        """Counts for health and metrics."""
+        prefill = self._prefill
+        return {
+            "rows": len(self.running),
+            "prefilling": len(prefill.sequences) if prefill else 0,
+            "waiting": len(self.waiting),
+            "cache_bytes": self._cache.nbytes + (prefill.cache.nbytes if prefill else 0),
+            "adapters": len(self.model.adapters),
+            "steps": self.steps,
+        }
+
+    def submit(self, request: Request) -> None:
+        """Check a request wholly and put it in the queue.
+
+        Args:
+            request: for this model's base.
+
+        Raises:
+            EngineError: 400, 422 or 429; nothing of the request is kept.
+        """
+        if len(self.waiting) >= self.limits.waiting:
+            raise EngineBusy(f"{len(self.waiting)} requests are waiting, the most allowed. Try again shortly.")
+        prompt = encode(request, self.model.tokenizer)
+        most = limit(request, len(prompt), self.context, self.limits.default_max_tokens)
+        steering = None
+        if request.steering is not None:
+            try:
+                spec = self._vectors.spec(request.steering)
+                steering = self.model.steering.open(spec, prompt_length=len(prompt), max_tokens=most)
+            except SteeringError as error:
+                raise as_engine_error(error) from None
+        self.waiting.append(
+            Sequence(request, prompt, limit=most, texts=self._texts, eos=self.model.eos, steering=steering)
+        )
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request wherever it is; unknown ids are ignored."""
+        for sequence in self.waiting:
+            if sequence.id == request_id:
+                self.waiting.remove(sequence)
+                return
+        for row, sequence in enumerate(self.running):
+            if sequence.id == request_id:
+                self._leave(row)
+                return
+        if self._prefill is not None:
+            for sequence in self._prefill.sequences:
+                sequence.cancelled |= sequence.id == request_id
+            if all(s.cancelled for s in self._prefill.sequences):
+                for sequence in self._prefill.sequences:
+                    self._let_go(sequence)
+                self._prefill = None
+
+    def step(self) -> list[Event]:
+        """Do one bounded piece of work.
+
+        Returns:
+            (request id, chunk or error) in order; an error, or a chunk with a finish reason, is a request's last.
+        """
+        self.steps += 1
+        events: list[Event] = []
+        if self._prefill is None:
+            events += self._admit()
+        if self._prefill is not None:
+            events += self._guarded(self._read_prompts, self._prefill.sequences)
+        if self.running:
+            events += self._guarded(self._decode, self.running)
+        return events
+
+    def _admit(self) -> list[Event]:
+        """Start the prefill of the oldest waiting requests that fit: one, or several that fit into one step."""
+        events: list[Event] = []
+        chosen: list[Sequence] = []
+        while self.waiting and len(self.running) + len(chosen) < self.limits.rows:
+            sequence = self.waiting[0]
+            longest = max([len(s.prompt) for s in chosen] + [len(sequence.prompt)])
+            if chosen and (len(chosen) + 1) * longest > self.limits.prefill_tokens:
+                break
+            if not self._fits([*self.running, *chosen, sequence]):
+                break
+            if sequence.request.adapter is not None:
+                try:
+                    sequence.adapter = self.model.adapters.acquire(sequence.request.adapter)
+                except EngineUnavailable:
+                    assert self.running or chosen, "every adapter is in use, by no row"
+                    break  # a place comes free when a row leaves
+                except EngineError as error:
+                    events.append((sequence.id, error))
+                    self.waiting.popleft()
+                    continue
+            chosen.append(self.waiting.popleft())
+        if chosen:
+            self._prefill = _Prefill(chosen, self.model.new_cache(len(chosen)))
+        return events
+
+    def _fits(self, sequences: list[Sequence]) -> bool:
+        """Whether these rows, at the greatest lengths that they may reach, stay within the cache's bytes."""
+        columns = -(-max(s.need for s in sequences) // BLOCK) * BLOCK
+        tokens = len(sequences) * columns
+        return len(sequences) == 1 or tokens * self.model.token_bytes <= self.limits.cache_bytes
+
+    def _read_prompts(self) -> list[Event]:
+        prefill = self._prefill
+        assert prefill is not None
+        sequences, start = prefill.sequences, prefill.done
+        stop = start + self.limits.prefill_tokens if len(sequences) == 1 else None
+        room = min(max(s.need for s in sequences), max(len(s.prompt) for s in sequences) + BLOCK)
+        tokens = [s.prompt[start:stop] for s in sequences]
+        logits = self.model.logits(tokens, prefill.cache, [Row(s.adapter, s.steering) for s in sequences], room=room)
+        if stop is not None and stop < len(sequences[0].prompt):
+            prefill.done = stop
+            return []
+        self._prefill = None
+        events = self._choose(logits, sequences)
+        if not self.running and not any(s.finish or s.cancelled for s in sequences):
+            self._cache, self.running = prefill.cache, list(sequences)
+            return events
+        for row, sequence in enumerate(sequences):
+            if sequence.finish or sequence.cancelled:
+                self._let_go(sequence)
+            else:
+                self._cache.take(prefill.cache, row)
+                self.running.append(sequence)
+        return events
+
+    def _decode(self) -> list[Event]:
+        tokens = [[s.output[-1]] for s in self.running]
+        logits = self.model.logits(tokens, self._cache, [Row(s.adapter, s.steering) for s in self.running])
+        events = self._choose(logits, self.running)
+        for row in reversed(range(len(self.running))):
+            if self.running[row].finish:
+                self._leave(row)
+        return events
+
+    def _choose(self, logits: Tensor, sequences: list[Sequence]) -> list[Event]:
+        tokens = choose(logits, [s.sampler for s in sequences])
+        numbers = logprobs(logits, tokens, [s.request.sampling.logprobs for s in sequences])
+        events: list[Event] = []
+        for sequence, token, number in zip(sequences, tokens, numbers, strict=True):
+            chunk = sequence.push(token, number)
+            if chunk is not None and not sequence.cancelled:
+                events.append((sequence.id, chunk))
+        return events
+
+    def _guarded(self, work: Any, sequences: list[Sequence]) -> list[Event]:
+        """Run a forward; if it fails, end the requests that were in it and keep the engine going."""
+        members = list(sequences)
+        try:
+            events: list[Event] = work()
+            return events
+        except (RuntimeError, MemoryError) as error:
+            if self._prefill is not None and self._prefill.sequences == members:
+                self._prefill = None
+            else:  # the batch itself cannot be trusted any more
+                members += [s for s in self.running if s not in members]
+                self.running, self._cache = [], self.model.new_cache(0)
+            for sequence in members:
+                self._let_go(sequence)
+            message = f"The model failed: {str(error)[:200] or type(error).__name__}"
+            return [(s.id, EngineUnavailable(message)) for s in members]
+
+    def _leave(self, row: int) -> None:
+        """Take a row out of the batch; the last row takes its place, here as in the cache."""
+        self._let_go(self.running[row])
+        self._cache.drop(row)
+        last = self.running.pop()
+        if row < len(self.running):
+            self.running[row] = last
+
+    def _let_go(self, sequence: Sequence) -> None:
+        if sequence.adapter is not None:
+            self.model.adapters.release(sequence.adapter)
+            sequence.adapter = None
