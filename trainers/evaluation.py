@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from core.data.chat import Example
+from core.data.example import Example
 from trainers.split import micro_batches, trained_tokens
 
 

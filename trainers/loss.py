@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORE = -100
+from core.data.example import IGNORED
 
 
 class TokenLoss(nn.Module):
@@ -50,7 +49,7 @@ class TokenLoss(nn.Module):
             whose most likely token is the label, an int64 scalar.
         """
         targets_BT = labels[:, 1:]
-        trained_BT = targets_BT != IGNORE
+        trained_BT = targets_BT != IGNORED
         self._rows_BT = F.pad(trained_BT, (0, 1))
         try:
             logits_NV: Tensor = self.model(**inputs, use_cache=False).logits

@@ -40,8 +40,6 @@ class TrainContext:
     """Peak learning rate, after ``learning_rate_multiplier``; the loop applies the schedule."""
     seed: int
     """Seed of the run, the same on every process."""
-    base: str
-    """The model reference as the run names it, for the adapter's own configuration file."""
     activation_checkpointing: bool
     """Whether blocks are recomputed in the backward pass: an adapter then needs inputs that require gradients."""
     mean: Callable[[float], float]

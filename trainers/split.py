@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from core.data.chat import Example
+from core.data.example import IGNORED, Example
 
 
 def trained_tokens(rows: Sequence[Example]) -> int:
-    """How many labels the loss sees: all but -100, and never the first of a row, which nothing predicts."""
-    return sum(label != -100 for row in rows for label in row.labels[1:])
+    """How many labels the loss sees in these rows."""
+    return sum(row.trained for row in rows)
 
 
 def micro_batches(rows: Sequence[Example], *, size: int, rank: int, processes: int) -> list[list[Example]]:
@@ -28,7 +28,7 @@ def micro_batches(rows: Sequence[Example], *, size: int, rank: int, processes: i
     order = sorted(range(len(rows)), key=lambda index: (-len(rows[index].input_ids), index))
     batches = [[rows[index] for index in order[start : start + size]] for start in range(0, len(order), size)]
     idle = rows[order[-1]]
-    idle = replace(idle, labels=[-100] * len(idle.labels))
+    idle = replace(idle, labels=[IGNORED] * len(idle.labels))
     while len(batches) % processes:
         batches.append([idle])
     return batches[rank::processes]

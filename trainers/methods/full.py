@@ -39,7 +39,7 @@ def attach(model: PreTrainedModel, config: FullConfig, context: TrainContext) ->
     import torch
 
     model.requires_grad_(True)
-    parameters = [parameter for parameter in model.parameters()]
+    parameters = list(model.parameters())
     matrices = [p for p in parameters if p.dim() >= 2]
     vectors = [p for p in parameters if p.dim() < 2]
     optimizer = torch.optim.AdamW(

@@ -83,7 +83,6 @@ def attach(model: PreTrainedModel, config: LoraConfig, context: TrainContext) ->
             target_modules=targets,
             use_rslora=config.rslora,
             use_dora=config.dora,
-            base_model_name_or_path=context.base,
         ),
     )
     if context.activation_checkpointing:

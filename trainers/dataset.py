@@ -1,0 +1,52 @@
+"""Rows of a file as token sequences ready to train on."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from core.data.chat import encode
+from core.data.example import Example
+from core.data.source import rows
+from trainers.errors import RunError
+from trainers.split import trained_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length: int, param: str) -> list[Example]:
+    """Encodes every row of a JSON lines file.
+
+    Args:
+        path: The file.
+        tokenizer: The base model's.
+        max_length: Longest row in tokens; the rest is cut on the right.
+        param: Setting that named the file, for error messages.
+
+    Raises:
+        RunError: The file is missing or empty, or a row trains no token within ``max_length``.
+        ValueError: A row is malformed; the message names its line.
+    """
+    if not path.is_file():
+        raise RunError(f"{param}: there is no file {path}", code="file_not_found", param=param)
+    examples = [encode(row, tokenizer, max_length=max_length) for row in rows(path)]
+    if not examples:
+        raise RunError(f"{param}: {path} holds no rows", code="file_empty", param=param)
+    silent = [example.line for example in examples if not trained_tokens([example])]
+    if silent:
+        lines = ", ".join(str(line) for line in silent[:20])
+        raise RunError(
+            f"{param}: no token would be trained within max_length {max_length} on line(s) {lines}"
+            f"{' and more' if len(silent) > 20 else ''}; shorten the prompts or raise max_length",
+            code="no_trained_tokens",
+            param=param,
+        )
+    return examples
+
+
+def file_digest(path: Path) -> str:
+    """``sha256:<hex>`` of a file's bytes."""
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

@@ -1,0 +1,129 @@
+"""How much memory a run will take, before it takes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from core.models.resolve import resolve
+from trainers.config import Run
+from trainers.dtype import resolve_dtype
+from trainers.method import TrainContext
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by purpose, for one process.
+
+    The first three are counted exactly, by attaching the method to the model without its data and letting the
+    optimizer take one step on it:
+
+    - weights: every parameter, tied ones once; 4.127 bits for each weight of a linear layer held in NF4;
+    - gradients: every trained parameter, in its own dtype;
+    - optimizer: every tensor of its state.
+
+    The others are upper bounds for batch_size x max_length = N tokens, all of them trained (D width, L layers, F width
+    of the MLP, H and K query and key heads of width d, V vocabulary, b bytes an element):
+
+    - activations: N L b (6 D + 3 H d + 4 K d + 4 F), or N b (L D + one such block) with activation checkpointing;
+    - logits: 12 N V, for the logits, their log-softmax and their gradient in float32.
+
+    Not covered: the allocator's slack, the framework itself, and a second copy of the weights while the artifact is
+    checked.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    trained_parameters: int
+    all_parameters: int
+
+    @property
+    def total(self) -> int:
+        """Sum of all purposes, in bytes."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+    def describe(self) -> str:
+        """The plan as comment lines of a run file."""
+        names = ("weights", "gradients", "optimizer", "activations", "logits", "total")
+        rows = [f"#   {name:<12}{getattr(self, name) / _MIB:>12.1f} MiB" for name in names]
+        share = f"# trained parameters: {self.trained_parameters:,} of {self.all_parameters:,}"
+        return "\n".join([share, "# planned memory of one process, at most:", *rows]) + "\n"
+
+
+def plan(run: Run) -> Plan:
+    """Plans a run's memory; the model is pulled if need be, but its weights are not read.
+
+    Args:
+        run: The resolved run file.
+
+    Raises:
+        ValueError: The model is refused, or the method does not fit it.
+    """
+    directory = resolve(run.config.model)
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    computed = resolve_dtype(run.config.dtype)
+    dtype = torch.float32 if run.method.makes == "weights" else getattr(torch, computed)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        base_parameters = sum(parameter.numel() for parameter in model.parameters())
+        saved = _saved_by_nf4(model) if run.method.quant(run.settings) == "bnb-nf4" else 0
+        context = TrainContext(
+            learning_rate=run.peak_learning_rate,
+            seed=run.config.seed,
+            activation_checkpointing=False,
+            mean=lambda value: value,
+        )
+        attached = run.method.attach(model, run.settings, context)
+    weights = sum(_size(parameter) for parameter in attached.model.parameters()) - saved
+    trained = [parameter for parameter in attached.model.parameters() if parameter.requires_grad]
+    if run.method.needs_gradients:
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+        attached.optimizer.step()
+    tokens = run.config.batch_size * run.config.max_length
+    return Plan(
+        weights=weights,
+        gradients=sum(_size(parameter) for parameter in trained) if run.method.needs_gradients else 0,
+        optimizer=sum(
+            _size(value)
+            for state in attached.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        ),
+        activations=_activations(run, config, tokens, 2 if computed == "bfloat16" else 4),
+        logits=12 * tokens * int(config.get_text_config().vocab_size),
+        trained_parameters=sum(parameter.numel() for parameter in trained),
+        all_parameters=base_parameters,
+    )
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _saved_by_nf4(model: torch.nn.Module) -> int:
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    return sum(_size(m.weight) - round(m.weight.numel() * 4.127 / 8) for m in linear)
+
+
+def _activations(run: Run, config: PretrainedConfig, tokens: int, element: int) -> int:
+    text: Any = config.get_text_config()
+    width, layers, mlp = int(text.hidden_size), int(text.num_hidden_layers), int(text.intermediate_size)
+    heads = int(text.num_attention_heads)
+    key_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    head = int(getattr(text, "head_dim", None) or width // heads)
+    block = 6 * width + 3 * heads * head + 4 * key_heads * head + 4 * mlp
+    if not run.method.needs_gradients:
+        return tokens * element * block
+    if run.config.activation_checkpointing:
+        return tokens * element * (layers * width + block)
+    return tokens * element * layers * block

@@ -1,0 +1,55 @@
+"""What a run looks like in a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from core.config_yaml import write_yaml
+from trainers.config import Run
+
+
+def describe(run: Run) -> str:
+    """The resolved run file as YAML, each value followed by where it came from; running it gives the same run.
+
+    Args:
+        run: The resolved run file.
+    """
+    lines = []
+    for name, value in run.as_dict().items():
+        if name != "method":
+            lines.append(_setting(name, value, run.origin[name]))
+    lines.append("method:")
+    for name, value in run.as_dict()["method"].items():
+        lines.append("  " + _setting(name, value, run.origin[f"method.{name}"]))
+    if run.config.learning_rate is None:
+        lines.append(
+            f"# peak learning rate: {run.peak_learning_rate:g} ({run.method.name}'s own, times the multiplier)"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _setting(name: str, value: Any, origin: str) -> str:
+    if isinstance(value, list):
+        text = f"{name}: [{', '.join(write_yaml(item).splitlines()[0] for item in value)}]"
+    else:
+        text = write_yaml({name: value}).rstrip("\n")
+    return f"{text}  # {origin}"
+
+
+def line(kind: str, data: dict[str, Any]) -> str:
+    """One event in one line.
+
+    Args:
+        kind: Of the event.
+        data: Of the event.
+    """
+    values = [f"{name} {_short(value)}" for name, value in data.items() if value not in (None, {}, [])]
+    return f"{kind}: {', '.join(values)}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return " ".join(f"{name}={_short(item)}" for name, item in value.items())
+    return str(value)

@@ -1,0 +1,175 @@
+"""A run from its file to its artifact: load, attach, train, export, check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import PreTrainedTokenizerBase
+
+from core.config import dump
+from core.models.load import Loaded, load
+from trainers import export
+from trainers.batch import collator
+from trainers.config import Run
+from trainers.dataset import file_digest, read_examples
+from trainers.dtype import resolve_dtype
+from trainers.errors import STOPPED, SUCCEEDED
+from trainers.loop import Loop
+from trainers.loss import TokenLoss
+from trainers.method import Attached, TrainContext
+from trainers.report import Reporter
+from trainers.signals import StopSignals
+
+_PRIVATE = ("train_file", "eval_file", "output_dir")
+"""Settings that say where files lie on this machine; a model card does not repeat them."""
+
+
+def train(run: Run, reporter: Reporter, stop: StopSignals) -> int:
+    """Runs a run file, from its newest checkpoint if there is one.
+
+    Args:
+        run: The resolved run file.
+        reporter: Takes the events.
+        stop: Says when to stop.
+
+    Returns:
+        ``SUCCEEDED`` or ``STOPPED``.
+
+    Raises:
+        ValueError: The run cannot succeed as it is configured, or its loss is no longer finite.
+    """
+    config, method = run.config, run.method
+    torch.set_num_threads(config.cpu_threads())
+    set_seed(config.seed)
+    dtype = resolve_dtype(config.dtype)
+    accelerator = Accelerator(mixed_precision="bf16" if dtype == "bfloat16" else "no")
+    # Rounding every update to bfloat16 would lose most of it, so weights that train are held in float32.
+    held_in = "float32" if method.makes == "weights" else dtype
+    quant = method.quant(run.settings)
+    loaded = load(config.model, dtype=held_in, quant=quant)
+    tokenizer = loaded.tokenizer
+    rows = read_examples(Path(config.train_file), tokenizer, max_length=config.max_length, param="train_file")
+    held_out = (
+        read_examples(Path(config.eval_file), tokenizer, max_length=config.max_length, param="eval_file")
+        if config.eval_file
+        else []
+    )
+    probe_ids = rows[0].input_ids
+    reporter.message(
+        "info",
+        f"training {config.model} with {method.name} on {len(rows)} rows",
+        threads=config.cpu_threads(),
+        processes=accelerator.num_processes,
+        device=str(accelerator.device),
+        dtype=dtype,
+        learning_rate=run.peak_learning_rate,
+    )
+    for warning in run.warnings():
+        reporter.message("warn", warning)
+
+    attached = _attach(run, loaded, accelerator)
+    loss, optimizer = accelerator.prepare(TokenLoss(attached.model), attached.optimizer)
+    loss.train(method.needs_gradients)
+    # Same adapter on every process, from the run's seed; from here on each process draws its own dropout.
+    set_seed(config.seed + accelerator.process_index)
+    card = _card(run, loaded)
+    loop = Loop(
+        run,
+        Attached(attached.model, optimizer.optimizer),
+        loss,
+        rows=rows,
+        held_out=held_out,
+        collate=collator(pad_id=_pad_id(tokenizer), device=accelerator.device),
+        accelerator=accelerator,
+        reporter=reporter,
+        stop=stop,
+        signature=_signature(run, loaded, accelerator.num_processes, dtype),
+        servable=lambda folder: export.write(attached.model, method, loaded, folder / _servable_name(run), card),
+    )
+    loop.resume()
+    if config.rehearse == "on" or (config.rehearse == "auto" and accelerator.device.type == "cuda"):
+        loop.rehearse()
+    if not loop.run():
+        reporter.message("info", f"stopped at step {loop.progress.step}; the same command goes on from there")
+        return STOPPED
+    if config.export == "best" or (config.export == "auto" and config.early_stopping_patience is not None):
+        loop.restore_best()
+    if accelerator.is_main_process:
+        _export(run, attached.model, loaded, reporter, card, probe_ids, held_in)
+    accelerator.wait_for_everyone()
+    return SUCCEEDED
+
+
+def _attach(run: Run, loaded: Loaded, accelerator: Accelerator) -> Attached:
+    def mean(value: float) -> float:
+        total = accelerator.reduce(torch.tensor([value], dtype=torch.float64, device=accelerator.device), "mean")
+        return float(total.item())
+
+    context = TrainContext(
+        learning_rate=run.peak_learning_rate,
+        seed=run.config.seed,
+        activation_checkpointing=run.config.activation_checkpointing,
+        mean=mean,
+    )
+    if run.config.activation_checkpointing:
+        loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    attached = run.method.attach(loaded.model, run.settings, context)
+    return attached
+
+
+def _export(
+    run: Run,
+    model: torch.nn.Module,
+    loaded: Loaded,
+    reporter: Reporter,
+    card: dict[str, Any],
+    probe_ids: list[int],
+    dtype: str,
+) -> None:
+    directory = Path(run.config.output_dir) / "artifact"
+    expected = export.probe(model, probe_ids)
+    kind = export.write(model, run.method, loaded, directory, card)
+    difference = export.verify(
+        expected, kind, loaded, directory, probe_ids, dtype=dtype, quant=run.method.quant(run.settings)
+    )
+    reporter.emit("artifact", artifact="metrics", path=str(Path(run.config.output_dir) / "metrics.csv"))
+    reporter.emit("artifact", artifact=kind, path=str(directory), logit_difference=difference)
+
+
+def _servable_name(run: Run) -> str:
+    return "adapter" if run.method.makes == "adapter" else "merged"
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to pad with; attention and loss never see it."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
+
+
+def _card(run: Run, loaded: Loaded) -> dict[str, Any]:
+    settings = {name: value for name, value in run.as_dict().items() if name not in _PRIVATE}
+    return {
+        "base": str(loaded.ref),
+        "base_fingerprint": loaded.fingerprint,
+        "data": file_digest(Path(run.config.train_file)),
+        "run": settings | {"learning_rate": run.peak_learning_rate},
+    }
+
+
+def _signature(run: Run, loaded: Loaded, processes: int, dtype: str) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be gone on with; the number of steps may be raised."""
+    config = run.config
+    return {
+        "base": loaded.fingerprint,
+        "train_file": file_digest(Path(config.train_file)),
+        "method": {"name": run.method.name, **dump(run.settings)},
+        "seed": config.seed,
+        "rows_per_step": config.batch_size * config.accumulation * processes,
+        "max_length": config.max_length,
+        "pack": config.pack,
+        "bucket": config.bucket,
+        "dtype": dtype,
+    }
