@@ -25,21 +25,23 @@ def upload_file(client: Client, path: Path, purpose: str = "fine-tune") -> str:
     return identifier
 
 
-def file_id(client: Client, given: str) -> str:
+def file_id(client: Client, given: str, purpose: str = "fine-tune") -> str:
     """The id of a data file named by id or by local path; a path is uploaded first.
 
     What exists on disk wins: a file that happens to be called like an id is still that file.
     """
     path = Path(given).expanduser()
     if path.is_file():
-        return upload_file(client, path)
+        return upload_file(client, path, purpose)
     return given
 
 
 @app.command("upload")
 def upload(
     path: Annotated[Path, typer.Argument(help="JSON lines, one example a line.", show_default=False)],
-    purpose: Annotated[str, typer.Option("--purpose", help="What the file is for.")] = "fine-tune",
+    purpose: Annotated[
+        str, typer.Option("--purpose", help="What the file is for: fine-tune or steering.")
+    ] = "fine-tune",
     url: Url = DEFAULT_URL,
     key: Key = None,
     as_json: AsJson = False,

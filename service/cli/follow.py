@@ -103,7 +103,7 @@ class BarView:
     def job(self, job: dict[str, Any]) -> None:
         """Status beside the bar."""
         self.progress.update(self.task, description=job["status"])
-        self._advance(job)
+        self._advance(job.get("progress") or {})
         if job["status"] in SETTLED:
             self.settled = summary(job)
 

@@ -56,6 +56,11 @@ def scalar(text: str) -> Any:
         return text
 
 
+def hyperparameters(texts: Iterable[str] | None) -> dict[str, Any]:
+    """What the --set options say."""
+    return {name: scalar(value) for name, value in pairs(texts, "--set").items()}
+
+
 @app.command("create")
 def create(
     model: Annotated[str, typer.Option("--model", "-m", help="Base model to tune.", show_default=False)],
@@ -92,12 +97,12 @@ def create(
     as_json: AsJson = False,
 ) -> None:
     """Start a job and print its id."""
-    hyperparameters = {name: scalar(value) for name, value in pairs(settings, "--set").items()}
+    method_settings = hyperparameters(settings)
     with Client(url, key) as client:
         body: dict[str, Any] = {
             "model": model,
             "training_file": file_id(client, training_file),
-            "method": {"type": method, method: {"hyperparameters": hyperparameters}},
+            "method": {"type": method, method: {"hyperparameters": method_settings}},
         }
         optional = {
             "validation_file": None if validation_file is None else file_id(client, validation_file),

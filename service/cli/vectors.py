@@ -13,7 +13,7 @@ from service.cli.chat import parse_layers
 from service.cli.client import Client, segment
 from service.cli.errors import UsageProblem
 from service.cli.files import file_id
-from service.cli.jobs import pairs, scalar
+from service.cli.jobs import hyperparameters
 from service.cli.options import DEFAULT_URL, After, AsJson, Key, Limit, Url
 from service.cli.output import emit, fields, note, table
 
@@ -53,16 +53,15 @@ def fit(
     as_json: AsJson = False,
 ) -> None:
     """Fit a vector as a job and print its id."""
-    options: dict[str, Any] = {key_: scalar(value) for key_, value in pairs(settings, "--set").items()}
+    optional: dict[str, Any] = {"name": name, "hyperparameters": hyperparameters(settings)}
     if layers is not None:
         try:
-            options["layers"] = parse_layers(layers)
+            optional["layers"] = parse_layers(layers)
         except ValueError as error:
             raise UsageProblem(f"--layers: {error}.") from error
     with Client(url, key) as client:
-        body: dict[str, Any] = {"model": model, "training_file": file_id(client, data), "method": method, **options}
-        if name is not None:
-            body["name"] = name
+        body: dict[str, Any] = {"model": model, "training_file": file_id(client, data, "steering"), "method": method}
+        body.update({field: value for field, value in optional.items() if value})
         answer = client.post(ROUTE, body, headers={"Idempotency-Key": str(uuid.uuid4())})
         if follow:
             view = following.JsonView() if as_json else following.make_view()

@@ -125,7 +125,7 @@ def script() -> Iterator[Script]:
             if reply.cut:
                 self.close_connection = True
 
-        do_GET = do_POST = do_DELETE = _answer  # noqa: N815
+        do_GET = do_POST = do_DELETE = _answer
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     state = Script(f"http://127.0.0.1:{server.server_port}")

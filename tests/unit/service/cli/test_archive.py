@@ -78,7 +78,7 @@ def test_hostile_archives_leave_nothing(name: str, tmp_path: Path) -> None:
     inside.mkdir()
     with pytest.raises(CliError):
         unpack(HOSTILE[name](), inside / "model")
-    assert [path for path in tmp_path.rglob("*")] == [inside]
+    assert list(tmp_path.rglob("*")) == [inside]
     assert not Path("/tmp/gradhelm-evil").exists()
 
 
