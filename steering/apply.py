@@ -57,7 +57,8 @@ class RowState:
 class _Slot:
     """The hook of one module: `shift` is what to do next, `armed` whether the coming forward was announced."""
 
-    def __init__(self, steering: Steering, module: nn.Module) -> None:
+    def __init__(self, steering: Steering, key: Key, module: nn.Module) -> None:
+        self.key = key
         self.armed = False
         self.shift: Shift | None = None
         self._steering = steering
@@ -71,8 +72,8 @@ class _Slot:
         if shift is None:
             return None
         if isinstance(output, tuple):
-            return (self._steering._shifted(shift, output[0]), *output[1:])
-        return self._steering._shifted(shift, output)
+            return (self._steering._shifted(self.key, shift, output[0]), *output[1:])
+        return self._steering._shifted(self.key, shift, output)
 
 
 class Steering:
@@ -99,7 +100,7 @@ class Steering:
         self._devices: dict[Key, torch.device] = {}
         self._plan: Plan | None = None
         self._phases: tuple[int, ...] | None = None
-        self._seen: list[tuple[Tensor, Tensor]] = []  # decode: (h, steered h) of each layer
+        self._seen: dict[Key, tuple[Tensor, Tensor]] = {}  # decode: (h, steered h)
         self._sums: list[tuple[Shift, Tensor]] = []  # prefill: (K,) sums of each layer
         self._total: Tensor | None = None  # (B,) float64: sums of |dh| / |h| since the composition changed
 
@@ -140,7 +141,7 @@ class Steering:
         for key in [key for key in self._slots if key not in needed]:
             self._slots.pop(key).handle.remove()
         for key in sorted(needed - self._slots.keys(), key=lambda key: (key[1], key[0])):
-            self._slots[key] = _Slot(self, site_modules(self._model, key[0])[key[1]])
+            self._slots[key] = _Slot(self, key, site_modules(self._model, key[0])[key[1]])
         for slot in self._slots.values():
             slot.armed = False
         layers = blocks(self._model) if steered else []
@@ -182,7 +183,7 @@ class Steering:
         self._settle()
         self._states, self._steered = [], []
 
-    def _shifted(self, shift: Shift, h: Tensor) -> Tensor:
+    def _shifted(self, key: Key, shift: Shift, h: Tensor) -> Tensor:
         """Steer one layer's output, and keep what the receipts need."""
         plan = self._plan
         assert plan is not None
@@ -190,7 +191,7 @@ class Steering:
             raise RuntimeError(f"positions() announced {plan.shape}, the forward has {tuple(h.shape[:2])}")
         out = shift.apply(h)
         if plan.untouched is not None:
-            self._seen.append((h.detach(), out.detach()) if h.requires_grad else (h, out))
+            self._seen[key] = (h.detach(), out.detach()) if h.requires_grad else (h, out)
         else:
             self._sums.append((shift, shift.sums(h.detach(), out.detach())))
         return out
@@ -200,15 +201,18 @@ class Steering:
         plan, seen, sums = self._plan, self._seen, self._sums
         if plan is None or not (seen or sums):
             return
-        self._seen, self._sums = [], []
+        self._seen, self._sums = {}, []
         if len(seen) + len(sums) != len(plan.shifts):
             return
-        device = (seen[0][0] if seen else sums[0][1]).device
         if self._total is None:
-            self._total = torch.zeros(len(self._states), dtype=torch.float64, device=device)
+            where = next(iter(self._devices.values()))
+            self._total = torch.zeros(len(self._states), dtype=torch.float64, device=where)
+        device = self._total.device
         if seen:
             assert plan.untouched is not None
-            before, after = (torch.stack([pair[i].to(device) for pair in seen]).squeeze(2) for i in (0, 1))
+            # In the plan's order, which need not be the order in which the modules ran.
+            pairs = [seen[key] for key in plan.shifts]
+            before, after = (torch.stack([pair[i].to(device) for pair in pairs]).squeeze(2) for i in (0, 1))
             self._total += relative_shift(before, after).masked_fill(plan.untouched.to(device), 0.0).sum(0)
         for shift, amount in sums:
             if shift.rows is None:
