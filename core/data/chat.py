@@ -1,0 +1,238 @@
+"""From rows to tokens by the model's own chat template, so that what is trained is what is served.
+
+An answer is trained as: what the template puts behind the generation prompt, up to and including the end-of-turn
+token. Both sides tokenize through `_tokens`, cutting the text at the same places (the two ends of every answer), so a
+served prompt is token for token the beginning of the trained row, even where a byte-pair merge would cross such a
+place. Where nothing crosses, the ids are those of `apply_chat_template(tokenize=True)`.
+
+Not covered: tools, images, and templates that write earlier turns differently once the conversation goes on (they
+get an error that names them, unless only the last answer is trained on).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from jinja2 import TemplateError
+
+from core.data.example import IGNORED
+from core.data.example import Example as Example
+from core.data.rules import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Turn(Protocol):
+    """Anything with a role and a content: rows' messages and requests' messages alike."""
+
+    @property
+    def role(self) -> str:
+        """system, developer, user or assistant."""
+        ...
+
+    @property
+    def content(self) -> str:
+        """What is said."""
+        ...
+
+
+def encode(row: Row, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Example:
+    """Turn one row into tokens and labels, cut on the right.
+
+    Args:
+        row: a row that passed `core.data.source`.
+        tokenizer: the model's, with a chat template for chat rows.
+        max_length: most tokens to keep, at least 1.
+
+    Returns:
+        Trained are the answers of weight 1 with their end-of-turn token; for prompt/completion rows the completion
+        with the end-of-sequence token. After truncation there may be no trained token left.
+
+    Raises:
+        ValueError: the tokenizer has no (usable) template or end token, or the template refuses the row.
+    """
+    if row.kind == "chat":
+        ids, spans = _chat(row, tokenizer)
+    else:
+        assert row.prompt is not None and row.completion is not None
+        ids, spans = _pair(row.prompt, row.completion, tokenizer)
+    # What follows the last trained token teaches nothing; without it the row ends where a served answer ends.
+    ids = ids[: max(end for _, end in spans)]
+    labels = [IGNORED] * len(ids)
+    for start, end in spans:
+        labels[start:end] = ids[start:end]
+    # Nothing predicts the first token; in a packed row the neighbour before it must not.
+    labels[0] = IGNORED
+    return Example(row.line, ids[:max_length], labels[:max_length], total=len(ids))
+
+
+def prompt_ids(messages: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens to generate an answer from; training and serving share this function.
+
+    Args:
+        messages: the conversation so far.
+        tokenizer: the model's, with a chat template.
+
+    Returns:
+        The conversation with the generation prompt behind it.
+
+    Raises:
+        ValueError: no chat template, or the template refuses the conversation.
+    """
+    text = _render(messages, tokenizer, prompt=True)
+    cuts = [cut for pair in _answers(messages, text, tokenizer) for cut in pair or ()]
+    return _tokens(text, cuts, tokenizer)[-1]
+
+
+def text_prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens to complete raw text from; training and serving share this function too.
+
+    Args:
+        prompt: any text.
+        tokenizer: the model's.
+
+    Returns:
+        The text's tokens, behind a beginning-of-sequence token if the tokenizer sets one.
+    """
+    ids = _plain(prompt, tokenizer, special=True)
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token) else ids
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Find the token that ends an answer in the model's template; generation has to stop at it.
+
+    Args:
+        tokenizer: the model's, with a chat template.
+
+    Returns:
+        The token's id; often but not always the end-of-sequence token.
+
+    Raises:
+        ValueError: no chat template, or one that ends answers with no special token.
+    """
+    probe = (_Probe("user", "a"), _Probe("assistant", "b"))
+    text = _render(probe, tokenizer)
+    start = len(_render(probe[:1], tokenizer, prompt=True))
+    ids = _plain(text[start:], tokenizer)
+    return ids[_last_special(ids, 0, tokenizer)]
+
+
+class _Probe:
+    def __init__(self, role: str, content: str) -> None:
+        self.role, self.content = role, content
+
+
+def _chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
+    text = _render(row.messages, tokenizer)
+    answers = _answers(row.messages, text, tokenizer)
+    assistant = [message for message in row.messages if message.role == "assistant"]
+    cuts = [cut for pair in answers for cut in pair or ()]
+    prefixes = _tokens(text, cuts, tokenizer)
+    at = {cut: len(prefix) for cut, prefix in zip(cuts, prefixes, strict=False)}
+    ids, spans = prefixes[-1], []
+    for message, pair in zip(assistant, answers, strict=True):
+        if message.weight == 0:
+            continue
+        if pair is None:
+            raise ValueError(
+                f"the chat template of {_name(tokenizer)} writes an answer differently once the conversation goes on, "
+                "so what is trained would not be what is served; weight all answers but the last 0, or give each a row"
+            )
+        start, end = at[pair[0]], at[pair[1]]
+        spans.append((start, start + _last_special(ids[start:end], start, tokenizer) + 1))
+    return ids, spans
+
+
+def _answers(messages: Sequence[Turn], text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int] | None]:
+    """Find where each answer begins and ends in the rendered text: one pair per assistant message.
+
+    None where the conversation up to there, rendered alone, is not how the text begins.
+    """
+    result: list[tuple[int, int] | None] = []
+    reached = 0
+    for index, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        before = _render(messages[:index], tokenizer, prompt=True)
+        after = _render(messages[: index + 1], tokenizer)
+        found = text.startswith(before) and text.startswith(after) and reached <= len(before) < len(after)
+        result.append((len(before), len(after)) if found else None)
+        reached = len(after) if found else reached
+    return result
+
+
+def _tokens(text: str, cuts: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokenize a text so that its tokens up to each cut never depend on what follows.
+
+    Returns the tokens up to each cut, and (last) of the whole text. Where tokenizing up to the next cut in one go
+    leaves the earlier tokens as they are, that is the result; elsewhere the piece between the cuts is tokenized alone.
+    """
+    result: list[list[int]] = []
+    ids, done = [], 0
+    for cut in (*cuts, len(text)):
+        if cut > done:
+            whole = _plain(text[:cut], tokenizer)
+            ids = whole if whole[: len(ids)] == ids else ids + _plain(text[done:cut], tokenizer)
+            done = cut
+        result.append(ids)
+    return result
+
+
+def _pair(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {_name(tokenizer)} has no end-of-sequence token, so an answer could not end"
+        )
+    start = text_prompt_ids(prompt, tokenizer)
+    _, whole = _tokens(prompt + completion, [len(prompt)], tokenizer)
+    alone = len(_plain(prompt, tokenizer))
+    ids = [*start, *whole[alone:], tokenizer.eos_token_id]
+    return ids, [(len(start), len(ids))]
+
+
+def _render(messages: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, prompt: bool = False) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError(f"{_name(tokenizer)} has no chat template; use rows of prompt and completion instead")
+    turns = [
+        {"role": "system" if turn.role == "developer" else turn.role, "content": turn.content} for turn in messages
+    ]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
+    except (TemplateError, TypeError, IndexError) as error:
+        raise ValueError(f"the chat template of {_name(tokenizer)} refuses the conversation: {error}") from error
+    return str(text)
+
+
+def _plain(text: str, tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> list[int]:
+    if not text:
+        return []
+    return list(tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"])
+
+
+def _last_special(ids: Sequence[int], offset: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    special = _special(tokenizer)
+    for index in range(len(ids) - 1, -1, -1):
+        if ids[index] in special:
+            return index
+    raise ValueError(
+        f"the chat template of {_name(tokenizer)} ends an answer (at token {offset}) with no special token, so a model "
+        "trained by it would not know how to stop"
+    )
+
+
+_SPECIAL: weakref.WeakKeyDictionary[Any, frozenset[int]] = weakref.WeakKeyDictionary()
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of all special tokens, also of those that the tokenizer has no role for; remembered per tokenizer."""
+    if tokenizer not in _SPECIAL:
+        added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        _SPECIAL[tokenizer] = frozenset(added | set(tokenizer.all_special_ids))
+    return _SPECIAL[tokenizer]
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.name_or_path) or type(tokenizer).__name__
