@@ -7,7 +7,7 @@ learning rates and names. Only the rules for plain scalars differ here; construc
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -27,8 +27,6 @@ _CORE: tuple[tuple[str, str, str], ...] = (
 class _Loader(yaml.SafeLoader):
     """Safe constructors, core-schema scalars, no repeated keys."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuse a key that is given twice, where PyYAML would silently take the last."""
         seen = set()
@@ -47,15 +45,14 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes exactly the texts that `_Loader` would read as something else."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
-
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
         """Write equal lists out in full: run files are read by people."""
         return True
 
 
-for _tag, _pattern, _first in _CORE:
-    for _class in (_Loader, _Dumper):
+for _class in (_Loader, _Dumper):
+    _class.yaml_implicit_resolvers = {}
+    for _tag, _pattern, _first in _CORE:
         _class.add_implicit_resolver(  # type: ignore[no-untyped-call]
             f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), ["" if char == "\0" else char for char in _first]
         )

@@ -171,7 +171,8 @@ def _tokens(text: str, cuts: Sequence[int], tokenizer: PreTrainedTokenizerBase) 
     leaves the earlier tokens as they are, that is the result; elsewhere the piece between the cuts is tokenized alone.
     """
     result: list[list[int]] = []
-    ids, done = [], 0
+    ids: list[int] = []
+    done = 0
     for cut in (*cuts, len(text)):
         if cut > done:
             whole = _plain(text[:cut], tokenizer)

@@ -41,7 +41,7 @@ def read_lines(path: Path) -> Iterator[Line]:
         path: the file.
 
     Yields:
-        Every line, blank ones too.
+        Line: every one, blank ones too.
 
     Raises:
         OSError: the file cannot be read.

@@ -97,7 +97,7 @@ def rows(path: Path) -> Iterator[Row]:
         path: a JSONL file, UTF-8.
 
     Yields:
-        The rows in the order of the file.
+        Row: the rows in the order of the file.
 
     Raises:
         DataError: at the first line with a problem, or at the end of a file without rows.
