@@ -66,7 +66,7 @@ def gone(root: Path, facts: Facts) -> Iterator[str]:
 def drifted(root: Path, made: Mapping[str, str]) -> Iterator[str]:
     """Generated parts that are not what the code says now, and blocks that no page shows."""
     for page in stale(root, made):
-        yield f"{page.relative_to(root)} is stale: run `python -m docs.generate`"
+        yield f"{page.relative_to(root)} is stale: run `python -m docs`"
     shown = {match["name"] for page in pages(root) for match in BLOCK.finditer(_text(page))}
     yield from (f"no page shows the generated block {name}" for name in made if name not in shown)
 

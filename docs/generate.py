@@ -1,4 +1,4 @@
-"""Rewrites the generated parts of the pages: `python -m docs.generate`; with `--check` it only says what is stale.
+"""Renews the generated parts of the pages.
 
 A generated part stands between two markers, each on a line of its own:
 
@@ -9,12 +9,8 @@ A generated part stands between two markers, each on a line of its own:
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-
-from docs.facts import ROOT, collect
-from docs.tables import blocks
 
 BLOCK = re.compile(
     r"(?P<open>^<!-- generated: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<close>^<!-- end -->$)", re.M | re.S
@@ -57,17 +53,3 @@ def stale(root: Path, made: Mapping[str, str]) -> dict[Path, str]:
         if (fresh := rewrite(text, made)) != text:
             found[page] = fresh
     return found
-
-
-def main(arguments: list[str]) -> int:
-    """Rewrite, or with --check report; 1 when something is stale."""
-    found = stale(ROOT, blocks(collect()))
-    for page, text in found.items():
-        print(f"{'stale' if arguments == ['--check'] else 'wrote'}: {page.relative_to(ROOT)}")
-        if arguments != ["--check"]:
-            page.write_text(text, encoding="utf-8")
-    return int(bool(found) and arguments == ["--check"])
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
