@@ -10,7 +10,6 @@ from core.data.chat import encode
 from core.data.example import Example
 from core.data.source import rows
 from trainers.errors import RunError
-from trainers.split import trained_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +33,7 @@ def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length:
     examples = [encode(row, tokenizer, max_length=max_length) for row in rows(path)]
     if not examples:
         raise RunError(f"{param}: {path} holds no rows", code="file_empty", param=param)
-    silent = [example.line for example in examples if not trained_tokens([example])]
+    silent = [example.line for example in examples if not example.trained]
     if silent:
         lines = ", ".join(str(line) for line in silent[:20])
         raise RunError(

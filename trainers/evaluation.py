@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from core.data.example import Example
-from trainers.split import micro_batches, trained_tokens
+from core.data.stream import Stream
+from trainers.batch import Collate
 
 
 class Score(NamedTuple):
@@ -27,7 +28,7 @@ def evaluate(
     rows: Sequence[Example],
     *,
     size: int,
-    collate: Callable[[list[Example]], dict[str, torch.Tensor]],
+    collate: Collate,
     accelerator: Accelerator,
     check: Callable[[], None],
 ) -> Score:
@@ -41,19 +42,28 @@ def evaluate(
         accelerator: Sums over processes.
         check: Called before each forward pass; may raise ``Interrupted``.
     """
-    totals = torch.zeros(2, dtype=torch.float64)
+    processes = accelerator.num_processes
+    # One step that holds all rows, dealt to the processes as a training step would be.
+    share = next(
+        Stream(
+            rows,
+            batch_size=size,
+            accumulation=-(-len(rows) // (size * processes)),
+            rank=accelerator.process_index,
+            world=processes,
+        )
+    )
+    totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     training = loss.training
     loss.eval()
     try:
         with torch.no_grad():
-            for batch in micro_batches(
-                rows, size=size, rank=accelerator.process_index, processes=accelerator.num_processes
-            ):
+            for batch in share:
                 check()
                 value, hits = loss(**collate(batch))
-                totals += torch.tensor([float(value), float(hits)], dtype=torch.float64)
+                totals += torch.stack([value, hits]).double()
     finally:
         loss.train(training)
-    summed = accelerator.reduce(totals.float() if accelerator.device.type == "mps" else totals.to(accelerator.device))
-    tokens = trained_tokens(rows)
-    return Score(float(summed[0]) / tokens, float(summed[1]) / tokens)
+    nats, hit = accelerator.reduce(totals).tolist()
+    tokens = sum(row.trained for row in rows)
+    return Score(nats / tokens, hit / tokens)

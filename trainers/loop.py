@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from core.data.stream import Stream
 from torch import Tensor, nn
 
 from core import checkpoint
 from core.data.example import Example
+from core.data.stream import Stream
 from trainers import snapshot
 from trainers.batch import Collate
 from trainers.config import Run
@@ -38,7 +38,6 @@ from trainers.report import Reporter
 from trainers.schedule import factor
 from trainers.signals import StopSignals
 from trainers.snapshot import Progress
-from trainers.split import micro_batches, trained_tokens
 
 
 class Loop:
@@ -76,7 +75,7 @@ class Loop:
         """
         self.config, self.run_file = run.config, run
         self.model, self.optimizer, self.loss = attached.model, attached.optimizer, loss
-        self.rows, self.held_out, self.collate = rows, held_out, collate
+        self.held_out, self.collate = held_out, collate
         self.accelerator, self.reporter, self.stop = accelerator, reporter, stop
         self.signature, self.servable = signature, servable
         config = run.config
@@ -84,11 +83,16 @@ class Loop:
         self.processes = accelerator.num_processes
         self.stream = Stream(
             rows,
-            batch_size=config.batch_size * config.accumulation * self.processes,
+            batch_size=config.batch_size,
+            accumulation=config.accumulation,
             seed=config.seed,
             bucket=config.bucket and not config.pack,
+            pack=config.pack,
+            max_length=config.max_length,
+            rank=accelerator.process_index,
+            world=self.processes,
         )
-        self.epoch_steps = self.stream.batches_per_epoch
+        self.epoch_steps = self.stream.steps_per_epoch
         self.total = config.max_steps or config.epochs * self.epoch_steps
         self.eval_every = config.eval_every or self.epoch_steps
         self.save_every = config.save_every or self.epoch_steps
@@ -136,7 +140,7 @@ class Loop:
 
     def rehearse(self) -> None:
         """Runs the longest rows forward and backward once, so that a lack of memory shows before the first step."""
-        longest = sorted(self.rows, key=lambda row: -len(row.input_ids))[: self.config.batch_size]
+        longest = sorted(self.stream.examples, key=lambda row: -len(row.input_ids))[: self.config.batch_size]
         value, _ = self.loss(**self.collate(longest))
         if self.run_file.method.needs_gradients:
             self.accelerator.backward(value)
@@ -182,29 +186,34 @@ class Loop:
 
     def _check(self) -> None:
         """Raises ``Interrupted`` on every process when a stop was asked for on any."""
-        wanted = self.stop.requested
-        if self.processes > 1:
-            flag = torch.tensor([float(wanted)], device=self.accelerator.device)
-            wanted = bool(self.accelerator.reduce(flag).item())
-        if wanted:
+        if any(self._sum([float(self.stop.requested)])):
             raise Interrupted
+
+    def _sum(self, values: list[float]) -> list[float]:
+        """Sums over processes, exact for whole numbers below 2**53."""
+        if self.processes == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+        summed: list[float] = self.accelerator.reduce(tensor).tolist()
+        return summed
 
     def _step(self) -> None:
         """One optimizer step; leaves what it measured in ``progress.pending``."""
         started = time.perf_counter()
         progress = self.progress
-        rows = next(self.stream)
-        tokens = trained_tokens(rows)
-        batches = micro_batches(
-            rows, size=self.config.batch_size, rank=self.accelerator.process_index, processes=self.processes
-        )
+        batches = next(self.stream)
+        counts = [
+            float(sum(row.trained for rows in batches for row in rows)),
+            float(sum(len(row.input_ids) for rows in batches for row in rows)),
+        ]
+        trained, read = (int(count) for count in self._sum(counts))
         scale = factor(progress.step, total=self.total, warmup=self.warmup, schedule=self.config.schedule)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * scale
         measured: dict[str, Any] = {}
 
         def closure() -> Tensor:
-            loss, hits = self._micro_batches(batches, tokens)
+            loss, hits = self._micro_batches(batches, trained)
             if torch.is_grad_enabled():
                 norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.clip_norm or math.inf)
                 measured["grad_norm"] = float(norm)
@@ -215,9 +224,9 @@ class Loop:
         self.optimizer.step(closure)
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
-        progress.trained_tokens += tokens
+        progress.trained_tokens += trained
         seconds = time.perf_counter() - started
-        self.meter.step(seconds, sum(len(row.input_ids) for row in rows))
+        self.meter.step(seconds, read)
         progress.pending = {**measured, "learning_rate": self.peaks[0] * scale}
         self.boundary = self._capture()
 
