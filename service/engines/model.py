@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.data.chat import end_of_turn_id
 from core.models.load import Loaded
 from service.engines.adapters import Adapters
 from service.engines.cache import RowCache
@@ -134,8 +136,12 @@ def _pad(tokens: Sequence[Sequence[int]], lengths: Sequence[int], steps: int) ->
 
 
 def _eos(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Ids that end an answer: the generation config's, else the tokenizer's."""
+    """Ids that end an answer: the generation config's, else the tokenizer's; and the template's end of a turn."""
     named = getattr(model.generation_config, "eos_token_id", None)
     if named is None:
         named = tokenizer.eos_token_id
-    return frozenset([named] if isinstance(named, int) else named or [])
+    ids = {named} if isinstance(named, int) else set(named or [])
+    if tokenizer.chat_template:
+        with suppress(ValueError):
+            ids.add(end_of_turn_id(tokenizer))
+    return frozenset(ids)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from core.data.chat import prompt_ids
-
+from core.data.chat import prompt_ids, text_prompt_ids
 from service.engines.base import BadRequest, ContextLengthExceeded, Request
-
-ROLES = {"developer": "system"}  # OpenAI's newer name for it; templates know the older
 
 
 def encode(request: Request, tokenizer: Any) -> list[int]:
@@ -25,18 +22,15 @@ def encode(request: Request, tokenizer: Any) -> list[int]:
         EngineError: 400 if there is no template, it refuses the messages, or nothing is left.
     """
     if isinstance(request.prompt, str):
-        ids: list[int] = list(tokenizer(request.prompt)["input_ids"])
-        if not ids and tokenizer.bos_token_id is not None:
-            ids = [tokenizer.bos_token_id]
+        ids = text_prompt_ids(request.prompt, tokenizer)
         if not ids:
             raise BadRequest("empty_prompt", "The prompt has no tokens: give some text.", param="prompt")
         return ids
-    messages = [{"role": ROLES.get(m.role, m.role), "content": m.content} for m in request.prompt]
     if not tokenizer.chat_template:
         message = "This model has no chat template: use /v1/completions, or a model with one."
         raise BadRequest("no_chat_template", message, param="model")
     try:
-        ids = list(prompt_ids(messages, tokenizer))
+        ids = prompt_ids(request.prompt, tokenizer)
     except Exception as error:  # a template is text from a model: whatever it does is an answer, not a crash
         message = f"The model's chat template refused the messages: {str(error)[:300] or type(error).__name__}"
         raise BadRequest("chat_template_error", message, param="messages") from None

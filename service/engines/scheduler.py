@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from service.engines.base import Chunk, EngineBusy, EngineError, EngineUnavailable, Request
@@ -133,6 +134,7 @@ class Scheduler:
                     self._let_go(sequence)
                 self._prefill = None
 
+    @torch.inference_mode()
     def step(self) -> list[Event]:
         """Do one bounded piece of work.
 
