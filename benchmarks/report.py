@@ -1,0 +1,130 @@
+"""The results format: what was run, where, with which seeds, and every target that was set, met or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "fastapi", "sqlalchemy")
+COMPARE: dict[str, Callable[[float, float], bool]] = {">=": lambda v, t: v >= t, "<=": lambda v, t: v <= t}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One target. ``target`` reads ``">= 1.3"`` or ``"<= 30"``; ``value`` is None where it could not be measured."""
+
+    id: str
+    target: str
+    value: float | None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the value meets the target; never for a missing value."""
+        sign, bound = self.target.split()
+        return self.value is not None and COMPARE[sign](self.value, float(bound))
+
+
+@dataclass
+class Report:
+    """Rows and claims of one script."""
+
+    name: str
+    seeds: Sequence[int]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
+
+    def row(self, **values: Any) -> None:
+        """Add one measured row and print it."""
+        self.rows.append(values)
+        print("  " + "  ".join(f"{k}={_short(v)}" for k, v in values.items()), flush=True)
+
+    def claim(self, id: str, target: str, value: float | None) -> None:
+        """Add one claim and print whether it holds."""
+        claim = Claim(id, target, None if value is None else round(value, 4))
+        self.claims.append(claim)
+        print(f"  {claim.id}: {claim.value} (target {claim.target}) {'holds' if claim.holds else 'MISSED'}", flush=True)
+
+    def write(self) -> Path:
+        """Write ``benchmarks/results/<name>.json``."""
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{self.name}.json"
+        content = {
+            "name": self.name,
+            "command": f"python -m benchmarks.{self.name} " + " ".join(sys.argv[1:]),
+            "commit": commit(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": machine(),
+            "versions": versions(),
+            "seeds": list(self.seeds),
+            "rows": self.rows,
+            "claims": [{**asdict(c), "holds": c.holds} for c in self.claims],
+        }
+        content["command"] = content["command"].strip()
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        return path
+
+
+def interleaved(arms: Mapping[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
+    """Run every arm once per repetition, in turn, so that drift of the machine falls on all of them alike."""
+    measured: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(repetitions):
+        for name, run in arms.items():
+            measured[name].append(run())
+    return measured
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    """Median of the ratios of each repetition."""
+    return median(a / b for a, b in zip(over, under, strict=True))
+
+
+def commit() -> str:
+    """The checked-out commit, with ``+`` where the tree differs from it."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory, and the settings that change timings."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "python": platform.python_version(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what the figures depend on."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) else value

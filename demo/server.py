@@ -1,0 +1,128 @@
+"""A server of the demo's own: started on a free port, found again and ended after a demo that was interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+START_SECONDS = 60.0
+STOP_SECONDS = 30.0
+
+
+@dataclass
+class Server:
+    """A running ``gradhelm serve``: its address, admin key and process."""
+
+    home: Path
+    process: subprocess.Popen[str]
+    url: str
+    key: str
+
+    @classmethod
+    def start(cls, home: Path) -> Server:
+        """Start ``gradhelm serve --port 0`` on ``home`` and wait until it is ready."""
+        log = (home / "server.log").open("a", encoding="utf-8")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service.cli", "serve", "--port", "0", "--home", str(home)],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,  # Ctrl-C reaches the demo alone, which then ends the server in order
+        )
+        log.close()
+        (home / "demo.json").write_text(
+            json.dumps({"pid": process.pid, "created": psutil.Process(process.pid).create_time()}), encoding="utf-8"
+        )
+        assert process.stdout is not None
+        url = None
+        for line in process.stdout:
+            if found := re.search(r"https?://\S+:\d+", line):
+                url = found.group()
+                break
+        if url is None:
+            raise SystemExit(f"The server did not start; {home / 'server.log'} says why.")
+        # The server's log goes on to stdout: let it run into the file instead of a pipe that fills up.
+        drain = subprocess.Popen(["cat"], stdin=process.stdout, stdout=(home / "server.log").open("a"))
+        process.stdout.close()
+        server = cls(home, process, url, "")
+        server.wait_ready()
+        server.key = (home / "admin.key").read_text(encoding="utf-8").strip()
+        del drain
+        return server
+
+    def wait_ready(self) -> None:
+        """Poll ``/readyz`` until it answers 200."""
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                raise SystemExit(f"The server ended at its start; {self.home / 'server.log'} says why.")
+            try:
+                if httpx.get(f"{self.url}/readyz", timeout=2).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        raise SystemExit(f"The server was not ready within {START_SECONDS:.0f} s; see {self.home / 'server.log'}.")
+
+    def kill(self) -> None:
+        """End the server the hard way (SIGKILL), as a crash would."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        """End the server in order (SIGTERM), then by force if it does not answer."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+
+def end_leftover(home: Path) -> None:
+    """End the server of an earlier demo that was interrupted, if it still runs."""
+    try:
+        record = json.loads((home / "demo.json").read_text(encoding="utf-8"))
+        process = psutil.Process(record["pid"])
+        if abs(process.create_time() - record["created"]) < 1:
+            process.terminate()
+            process.wait(STOP_SECONDS)
+    except (OSError, ValueError, KeyError, psutil.NoSuchProcess):
+        return
+
+
+def processes_of(home: Path) -> list[psutil.Process]:
+    """Every process whose environment or command line names this data folder, apart from this one and its parents."""
+    mine = {os.getpid(), *(p.pid for p in psutil.Process().parents())}
+    return [p for p in psutil.process_iter() if p.pid not in mine and str(home) in _names(p)]
+
+
+def _names(process: psutil.Process) -> str:
+    try:
+        return " ".join([*process.cmdline(), process.environ().get("GRADHELM_HOME", "")])
+    except (psutil.Error, OSError):
+        return ""
+
+
+@contextmanager
+def running(home: Path) -> Iterator[Server]:
+    """A server for the length of the block; it is ended however the block ends."""
+    home.mkdir(parents=True, exist_ok=True)
+    end_leftover(home)
+    server = Server.start(home)
+    try:
+        yield server
+    finally:
+        server.stop()
