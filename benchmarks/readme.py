@@ -1,0 +1,42 @@
+"""Put the claims of ``benchmarks/results/*.json`` into README.md: ``python -m benchmarks.readme [--check]``."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from benchmarks.report import RESULTS
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCK = re.compile(r"(<!-- generated: results -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table() -> str:
+    """Every claim, met or not, as Markdown."""
+    lines = ["| claim | target | measured | |", "|---|---|---|---|"]
+    machines = set()
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        machines.add(f"{result['machine']['cores']} cores of {result['machine']['cpu']}, {result['date'][:10]}")
+        for claim in result["claims"]:
+            value = "not measured" if claim["value"] is None else f"{claim['value']:.4g}"
+            lines.append(
+                f"| {claim['id']} | {claim['target']} | {value} | {'met' if claim['holds'] else '**missed**'} |"
+            )
+    return "\n".join(lines) + f"\n\nMeasured on {'; '.join(sorted(machines))}. `make bench` measures them again.\n"
+
+
+def main() -> int:
+    """Rewrite the block, or with ``--check`` only say whether it is up to date."""
+    text = README.read_text(encoding="utf-8")
+    wanted = BLOCK.sub(lambda found: found[1] + table() + found[2], text)
+    if "--check" in sys.argv[1:]:
+        return int(text != wanted)
+    README.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
