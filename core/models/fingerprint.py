@@ -51,8 +51,12 @@ def fingerprint(directory: Path) -> str:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The model's safetensors files in a directory, sorted; an adapter's own file is not one of them."""
-    return sorted(f for f in directory.glob("*.safetensors") if not f.name.startswith("adapter_"))
+    """The safetensors files that make up the model in a directory: those that its index names, or the only one."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        return [directory / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+    single = directory / "model.safetensors"
+    return [single] if single.is_file() else []
 
 
 def _edges(file: Path, info: TensorInfo) -> bytes:

@@ -64,25 +64,34 @@ def load(
         ValueError: if the reference, a directory, the dtype or the quantisation is refused, or the adapter belongs to
             another base.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     parsed = parse_ref(ref) if isinstance(ref, str) else ref
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; give {', '.join(DTYPES)}")
     if quant not in ("none", "bnb-nf4"):
         raise ValueError(f"unknown quantisation {quant!r}; give none or bnb-nf4")
-    torch_dtype = getattr(torch, dtype)
     directory = resolve(parsed)
     identity = fingerprint(directory)
     if adapter is not None:
         check_adapter_base(adapter, parsed, directory, identity)
+    # Only what has been checked reaches a library that would act on it.
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch_dtype = getattr(torch, dtype)
     options: dict[str, Any] = {"quantization_config": _nf4(torch_dtype)} if quant == "bnb-nf4" else {}
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch_dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False, **options
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch_dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **options,
     )
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{directory} lacks {len(missing)} of the model's weights, {missing[0]} among them")
     tokenizer = _tokenizer(directory)
     if adapter is not None:
         model = attach(model, adapter, is_trainable=is_trainable)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from core.models.headers import read_safetensors_header
+from core.models.headers import TensorInfo, read_safetensors_header
 
 MAX_JSON = 4 * 1024 * 1024
 MAX_FILES = 10_000
@@ -51,10 +51,23 @@ _ATTENTION = frozenset({"eager", "sdpa", "flash_attention_2", "flash_attention_3
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".msgpack", ".h5"})
 _CODE_FILES = frozenset({".py", ".pyc", ".so", ".dll", ".dylib", ".pyd"})
 # In a vocabulary the keys are text, and in our own manifest they are the user's: none of them is a setting.
-_PLAIN_JSON = frozenset({"tokenizer.json", "vocab.json", "added_tokens.json", "manifest.json"})
+_PLAIN_JSON = frozenset(
+    {"tokenizer.json", "vocab.json", "added_tokens.json", "manifest.json", "model.safetensors.index.json"}
+)
 _INDEX = "model.safetensors.index.json"
 _ADAPTER_INITS: tuple[object, ...] = (True, False, None, "gaussian", "orthogonal")
-_DOTTED = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+# Keys that would make a tokenizer read a file, and the names that they may have.
+_FILE_KEYS = frozenset({"tokenizer_file", "vocab_file", "merges_file", "spm_file", "source_spm", "target_spm"})
+_FILE_NAMES = frozenset({"tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model"})
+# Sizes that a library would allocate for before it looks at the weights.
+_COUNTS = frozenset({"num_hidden_layers", "n_layer", "num_layers"})
+_DIMENSIONS = frozenset(
+    {
+        *("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+        *("n_embd", "n_inner", "n_head"),
+    }
+)
+_CLASS = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
 class PolicyError(ValueError):
@@ -80,13 +93,15 @@ def check_config(config: Mapping[str, Any]) -> None:
             raise PolicyError(
                 f"the configuration names an attention implementation that is not built in: {value!r:.80}"
             )
-        if key == "model_type" and value not in ARCHITECTURES:
+        if key == "model_type" and not _one_of(value, ARCHITECTURES):
             raise PolicyError(
                 f"model_type {value!r:.80} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}"
             )
         if key == "architectures" and not _class_names(value):
             raise PolicyError("the configuration's 'architectures' is not a list of class names")
-        if key == "tokenizer_class" and value is not None and value not in TOKENIZERS:
+        if key in _FILE_KEYS and value is not None and not _one_of(value, _FILE_NAMES):
+            raise PolicyError(f"the configuration's {key!r} names a file of its own; remove the key")
+        if key == "tokenizer_class" and value is not None and not _one_of(value, TOKENIZERS):
             raise PolicyError(
                 f"tokenizer class {value!r:.80} is not supported; supported: {', '.join(sorted(TOKENIZERS))}"
             )
@@ -109,12 +124,14 @@ def check_directory(path: Path) -> None:
     config = read_json(files["config.json"])
     if "model_type" not in config:
         raise PolicyError("config.json has no model_type")
-    weights = {name for name in files if name.endswith(".safetensors")}
     if _INDEX in files:
-        weights &= _indexed(files[_INDEX], weights)
-    elif weights != {"model.safetensors"}:
-        raise PolicyError(f"{path} needs model.safetensors, or {_INDEX} with the files that it names")
-    _check_files(files)
+        weights = _indexed(files[_INDEX], files)
+    elif "model.safetensors" in files:
+        weights = {"model.safetensors"}
+    else:
+        raise PolicyError(f"{path} has neither model.safetensors nor {_INDEX}")
+    headers = _check_files(files)
+    _check_sizes(config, [tensor for name in weights for tensor in headers[name].values()])
 
 
 def check_adapter(path: Path) -> dict[str, Any]:
@@ -138,7 +155,14 @@ def check_adapter(path: Path) -> dict[str, Any]:
         raise PolicyError(f"adapter type {config.get('peft_type')!r:.80} is not supported; supported: LORA")
     if config.get("init_lora_weights", True) not in _ADAPTER_INITS:
         raise PolicyError("the adapter's init_lora_weights would change the base; convert it to a plain LoRA first")
-    _check_files(files)
+    if config.get("layer_replication") is not None:
+        raise PolicyError("the adapter has 'layer_replication', which changes the base's layers")
+    headers = _check_files(files)
+    longest = max((max(t.shape, default=1) for t in headers["adapter_model.safetensors"].values()), default=1)
+    pattern = config.get("rank_pattern") or {}
+    ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else [None])]
+    if not all(type(rank) is int and 1 <= rank <= longest for rank in ranks):
+        raise PolicyError(f"the adapter's ranks {ranks!r:.80} are not those of its tensors")
     return config
 
 
@@ -183,31 +207,42 @@ def _files(path: Path) -> dict[str, Path]:
     return found
 
 
-def _check_files(files: Mapping[str, Path]) -> None:
+def _check_files(files: Mapping[str, Path]) -> dict[str, dict[str, TensorInfo]]:
+    """Checks every file by its kind; returns the headers of the safetensors files."""
+    headers = {}
     for name, path in files.items():
         suffix = Path(name).suffix.lower()
         if suffix in _PICKLES:
             raise PolicyError(f"{name} is in a format that may run code when read: only safetensors are accepted")
         if suffix in _CODE_FILES:
             raise PolicyError(f"{name} is program code: a model directory must hold data only")
-        if suffix == ".json" and Path(name).name not in _PLAIN_JSON and Path(name).name != _INDEX:
-            if Path(name).parent == Path("."):
-                try:
-                    check_config(read_json(path))
-                except PolicyError as error:
-                    raise PolicyError(f"{name}: {error}") from None
+        if suffix == ".json" and "/" not in name and name not in _PLAIN_JSON:
+            try:
+                check_config(read_json(path))
+            except PolicyError as error:
+                raise PolicyError(f"{name}: {error}") from None
         if suffix == ".safetensors":
             try:
-                read_safetensors_header(path)
+                headers[name] = read_safetensors_header(path)
             except ValueError as error:
                 raise PolicyError(str(error)) from None
+    return headers
 
 
-def _indexed(index: Path, present: set[str]) -> set[str]:
+def _check_sizes(config: Mapping[str, Any], tensors: list[TensorInfo]) -> None:
+    """Refuses sizes that the weights contradict: a library allocates for the former before it reads the latter."""
+    longest = max((max(tensor.shape, default=1) for tensor in tensors), default=0)
+    for key, value in _items(config):
+        bound = len(tensors) if key in _COUNTS else longest if key in _DIMENSIONS else None
+        if bound is not None and value is not None and not (type(value) is int and 0 <= value <= bound):
+            raise PolicyError(f"config.json: {key} is {value!r:.80}, which the weights contradict")
+
+
+def _indexed(index: Path, files: Mapping[str, Path]) -> set[str]:
     mapping = read_json(index).get("weight_map")
     if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
         raise PolicyError(f"{index.name} has no weight_map of names")
-    missing = set(mapping.values()) - present
+    missing = {name for name in mapping.values() if not name.endswith(".safetensors") or name not in files}
     if missing:
         raise PolicyError(f"{index.name} names {sorted(missing)[0]!r:.80}, which is not a file of this directory")
     return set(mapping.values())
@@ -225,13 +260,17 @@ def _items(value: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
             yield from _items(item, depth + 1)
 
 
+def _one_of(value: Any, allowed: frozenset[str]) -> bool:
+    return isinstance(value, str) and value in allowed
+
+
 def _known_attention(value: Any) -> bool:
     if isinstance(value, Mapping):
         return all(_known_attention(item) for item in value.values())
-    return value is None or (isinstance(value, str) and value in _ATTENTION)
+    return value is None or _one_of(value, _ATTENTION)
 
 
 def _class_names(value: Any) -> bool:
     return value is None or (
-        isinstance(value, list) and all(isinstance(item, str) and _DOTTED.fullmatch(item) for item in value)
+        isinstance(value, list) and all(isinstance(item, str) and _CLASS.fullmatch(item) for item in value)
     )

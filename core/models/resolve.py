@@ -11,7 +11,7 @@ from core.models.ref import ModelRef, parse_ref
 
 # What a Hub snapshot may hold: nothing that runs, and no weights but safetensors.
 HUB_PATTERNS = (
-    *("*.safetensors", "config.json", "generation_config.json", "model.safetensors.index.json"),
+    *("model*.safetensors", "config.json", "generation_config.json", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "tokenizer.model", "chat_template.jinja", "LICENSE*"),
 )

@@ -49,6 +49,8 @@ def save_adapter(model: Any, directory: Path, *, card: Mapping[str, Any]) -> Pat
     config.base_model_name_or_path = base
     config.inference_mode = True
     config.auto_mapping = None
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)  # sets have no order: the same adapter, the same bytes
     # "auto" would ask the Hub whether the base's vocabulary has changed; embeddings are never an adapter's business.
     state = get_peft_model_state_dict(model, adapter_name=active[0], save_embedding_layers=False)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
