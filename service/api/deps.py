@@ -1,0 +1,108 @@
+"""What routes ask for: who is asking, the settings, the database, the store, the engine. And what no route may skip.
+
+``guard`` is a dependency of the app itself, so it stands before every route, whatever its path and whoever adds it. A
+route says what it needs with ``@needs("jobs")``; one that says nothing needs ``admin``; the two probes are ``@public``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar, cast
+
+import structlog
+from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from sqlalchemy import Engine as Database
+
+from service.api.drain import Draining
+from service.api.errors import APIError
+from service.engines.base import Engine
+from service.jobs.store import JobStore
+from service.metrics import Metrics
+from service.security import keys
+from service.security.keys import Identity, Scope
+from service.settings import Settings
+
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+_bearer = HTTPBearer(auto_error=False, description="An API key, `gh-...`, made with `gradhelm keys create`.")
+
+
+def needs(scope: Scope) -> Callable[[Handler], Handler]:
+    """Mark a route with the scope that its caller's key must have."""
+
+    def mark(handler: Handler) -> Handler:
+        handler.__dict__["scope"] = scope
+        return handler
+
+    return mark
+
+
+def public(handler: Handler) -> Handler:
+    """Mark a route that answers without a key."""
+    handler.__dict__["scope"] = None
+    return handler
+
+
+def scope_of(endpoint: Callable[..., Any]) -> Scope | None:
+    """The scope that an endpoint was marked with; ``admin`` when it was not; none when it is public."""
+    return cast("Scope | None", endpoint.__dict__.get("scope", "admin"))
+
+
+def guard(request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> None:
+    """Refuse a request without a valid key (401) or whose key lacks the route's scope (403)."""
+    scope = scope_of(request.scope["endpoint"])
+    if scope is None:
+        return
+    metrics: Metrics = request.app.state.metrics
+    identity = keys.identify(request.app.state.db, credentials.credentials) if credentials else None
+    if identity is None:
+        metrics.auth_failures.labels("key").inc()
+        raise APIError(
+            401,
+            "A valid API key is required: Authorization: Bearer gh-... (on this machine: $GRADHELM_HOME/admin.key).",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+    structlog.contextvars.bind_contextvars(key_id=identity.key_id)
+    if not identity.may(scope):
+        metrics.auth_failures.labels("scope").inc()
+        raise APIError(403, f"This key lacks the scope {scope!r}.", code="insufficient_scope")
+    request.state.identity = identity
+
+
+def _identity(request: Request) -> Identity:
+    return cast(Identity, request.state.identity)
+
+
+def _settings(request: Request) -> Settings:
+    return cast(Settings, request.app.state.settings)
+
+
+def _database(request: Request) -> Database:
+    return cast(Database, request.app.state.db)
+
+
+def _store(request: Request) -> JobStore:
+    return cast(JobStore, request.app.state.store)
+
+
+def _engine(request: Request) -> Engine:
+    return cast(Engine, request.app.state.engine)
+
+
+def _metrics(request: Request) -> Metrics:
+    return cast(Metrics, request.app.state.metrics)
+
+
+def _draining(request: Request) -> Draining:
+    return cast(Draining, request.app.state.draining)
+
+
+Caller = Annotated[Identity, Depends(_identity)]
+Config = Annotated[Settings, Depends(_settings)]
+Db = Annotated[Database, Depends(_database)]
+Jobs = Annotated[JobStore, Depends(_store)]
+Generator = Annotated[Engine, Depends(_engine)]
+Counts = Annotated[Metrics, Depends(_metrics)]
+Stopping = Annotated[Draining, Depends(_draining)]

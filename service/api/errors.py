@@ -1,0 +1,205 @@
+"""Every error leaves in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``.
+
+A message says what was wrong and what to do. Nothing internal leaves: an unhandled exception is logged with the
+request's id and answered with that id only.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from service.db.engine import DatabaseBusy, DatabaseFull
+from service.engines.base import EngineError
+from service.jobs.records import IdempotencyInFlight, IdempotencyMismatch, UnknownJob
+from service.jobs.states import IllegalTransition
+from service.log import logger
+from service.security.uploads import UploadError
+
+log = logger(__name__)
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+class APIError(Exception):
+    """An answer that is an error.
+
+    Args:
+        status: HTTP status.
+        message: What is wrong and what to do about it.
+        code: Machine-readable code.
+        param: The parameter at fault, in dots (``method.lora.hyperparameters.rank``).
+        headers: Extra response headers (``Retry-After``).
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = dict(headers or {})
+
+
+def bad_request(message: str, *, param: str | None = None, code: str | None = "invalid_value") -> APIError:
+    """A 400 about one parameter."""
+    return APIError(400, message, param=param, code=code)
+
+
+def not_found(what: str, name: str, *, param: str | None = None, code: str | None = None) -> APIError:
+    """A 404 that names what is missing; the name is cut to 200 characters."""
+    return APIError(
+        404,
+        f"No such {what}: {name[:200]!r}. List what exists, and check the id.",
+        param=param,
+        code=code or "not_found",
+    )
+
+
+def busy(message: str, *, seconds: int = 1, code: str = "server_busy") -> APIError:
+    """A 503 that says when to try again."""
+    return APIError(503, message, code=code, headers={"Retry-After": str(seconds)})
+
+
+def body(status: int, message: str, *, code: str | None, param: str | None) -> dict[str, Any]:
+    """The error object for a status. Half surrogate pairs, which no answer can carry, are written out."""
+    message = message.encode("utf-8", "backslashreplace").decode()
+    param = param and param.encode("utf-8", "backslashreplace").decode()
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _answer(
+    status: int, message: str, *, code: str | None, param: str | None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    return JSONResponse(body(status, message, code=code, param=param), status_code=status, headers=dict(headers or {}))
+
+
+def engine_body(error: EngineError) -> dict[str, Any]:
+    """The error object for what an engine reports, for use inside a stream."""
+    return body(error.status, error.message, code=error.code, param=error.param)
+
+
+def _api_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, APIError)
+    return _answer(error.status, error.message, code=error.code, param=error.param, headers=error.headers)
+
+
+def _engine_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, EngineError)
+    headers: dict[str, str] = {}
+    if error.status in (429, 503):
+        headers["Retry-After"] = str(max(1, round(error.retry_after or 1)))
+    return JSONResponse(engine_body(error), status_code=error.status, headers=headers)
+
+
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = str(error.detail)
+    if error.status_code == 404 and message == "Not Found":
+        message = f"No such route: {request.method} {request.url.path[:200]}. GET /openapi.json lists them."
+    if error.status_code == 405:
+        message = f"{request.method} is not allowed on {request.url.path[:200]}."
+    code = _HTTP_CODES.get(error.status_code, "invalid_request")
+    return _answer(error.status_code, message, code=code, param=None, headers=error.headers)
+
+
+def path_of(location: Sequence[str | int]) -> str | None:
+    """A validation error's location as a parameter name: ``("body", "messages", 0, "role")`` -> ``messages.0.role``."""
+    parts = [str(part) for part in location[1:] if part != "root"]
+    return ".".join(parts) or None
+
+
+def _validation_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    kind, reason = str(first["type"]), str(first["msg"])
+    if kind == "json_invalid":
+        return _answer(400, "The body is not valid JSON.", code="invalid_json", param=None)
+    param = path_of(first["loc"])
+    codes = {"missing": "missing_required_parameter", "extra_forbidden": "unsupported_parameter"}
+    if kind == "missing":
+        message = f"Missing required parameter: {param!r}." if param else "A JSON body is required."
+    elif kind == "extra_forbidden":
+        message = f"Unsupported parameter: {param!r}. It would have no effect, so it is refused rather than ignored."
+    else:
+        message = f"Invalid value for {param!r}: {reason}." if param else f"Invalid body: {reason}."
+    return _answer(400, message, code=codes.get(kind, "invalid_value"), param=param)
+
+
+def _database_busy(_request: Request, error: Exception) -> Response:
+    log.warning("database_unavailable", detail=str(error)[:200])
+    if isinstance(error, DatabaseFull):
+        return _answer(507, f"{error}.", code="disk_full", param=None)
+    return _answer(503, f"{error}.", code="database_unavailable", param=None, headers={"Retry-After": "1"})
+
+
+def _unknown_job(_request: Request, error: Exception) -> Response:
+    return _answer(404, f"{error}.", code="job_not_found", param="fine_tuning_job_id")
+
+
+def _illegal_transition(_request: Request, error: Exception) -> Response:
+    return _answer(400, f"{error}.", code="invalid_job_state", param="status")
+
+
+def _mismatch(_request: Request, error: Exception) -> Response:
+    return _answer(422, f"{error}.", code="idempotency_key_reused", param="Idempotency-Key")
+
+
+def _in_flight(_request: Request, error: Exception) -> Response:
+    return _answer(409, f"{error}.", code="idempotency_key_in_flight", param=None, headers={"Retry-After": "1"})
+
+
+def _upload_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, UploadError)
+    return _answer(error.status, error.message, code=error.code, param=error.param, headers={"Connection": "close"})
+
+
+def _os_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, OSError)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _answer(507, "The data folder's disk is full; free some space.", code="disk_full", param=None)
+    return internal_error(request.scope.get("request_id", ""), error)
+
+
+def _client_left(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it; the status is for the log
+
+
+def internal_error(request_id: str, error: BaseException) -> JSONResponse:
+    """Log what went wrong and answer 500 with nothing but the request's id."""
+    log.error("unhandled_exception", exc_info=error)
+    message = f"The server failed on this request. Its log has the cause under request id {request_id!r}."
+    return _answer(500, message, code="internal_error", param=None)
+
+
+def install(app: FastAPI) -> None:
+    """Register the handlers on an app."""
+    app.add_exception_handler(APIError, _api_error)
+    app.add_exception_handler(EngineError, _engine_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(DatabaseBusy, _database_busy)
+    app.add_exception_handler(UnknownJob, _unknown_job)
+    app.add_exception_handler(IllegalTransition, _illegal_transition)
+    app.add_exception_handler(IdempotencyMismatch, _mismatch)
+    app.add_exception_handler(IdempotencyInFlight, _in_flight)
+    app.add_exception_handler(UploadError, _upload_error)
+    app.add_exception_handler(ClientDisconnect, _client_left)
+    app.add_exception_handler(OSError, _os_error)

@@ -1,0 +1,144 @@
+"""From the wire's `method` to a training method and checked hyperparameters. Torch-free, as the registry is."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from core.config import ConfigError, fields_doc, json_schema
+from service.api.errors import APIError, bad_request
+from service.api.schemas.resources import CreateJob
+from trainers.config import DEFAULT_METHOD, RunConfig, parse_run
+from trainers.registry import METHODS
+
+OPENAI = {"n_epochs": "epochs", "batch_size": "batch_size", "learning_rate_multiplier": "learning_rate_multiplier"}
+"""OpenAI's names of three hyperparameters, and ours. Each takes "auto"."""
+
+AUTO = "auto"
+_OURS = frozenset({"model", "train_file", "eval_file", "output_dir", "seed", "epochs", "threads", "heartbeat_seconds"})
+_RANGES = {"n_epochs": (1, 50), "batch_size": (1, 256)}
+
+
+def run_fields() -> frozenset[str]:
+    """Fields of a run file that a request may set as hyperparameters."""
+    return frozenset(field.name for field in dataclasses.fields(RunConfig)) - _OURS
+
+
+def chosen(wanted: CreateJob) -> tuple[str, dict[str, Any]]:
+    """The method's name and the hyperparameters as asked.
+
+    Raises:
+        APIError: 400 for a method that does not exist, or a malformed `method`.
+    """
+    if wanted.method is None:
+        return DEFAULT_METHOD, dict(wanted.hyperparameters or {})
+    if wanted.hyperparameters is not None:
+        raise bad_request("Give hyperparameters inside method, not beside it.", param="hyperparameters")
+    kind = wanted.method.type
+    name = DEFAULT_METHOD if kind == "supervised" else kind
+    if name not in METHODS:
+        raise bad_request(
+            f"There is no method {kind[:64]!r}; these exist: {', '.join(METHODS)} (supervised means {DEFAULT_METHOD}).",
+            param="method.type",
+            code="unknown_method",
+        )
+    extra = {key: value for key, value in (wanted.method.model_extra or {}).items() if value is not None}
+    settings = extra.pop(kind, None) or {}
+    for key in extra:
+        message = f"method holds settings of {key[:64]!r}, but its type is {kind!r}."
+        raise bad_request(message, param=f"method.{key[:64]}", code="unsupported_parameter")
+    if not isinstance(settings, dict) or set(settings) - {"hyperparameters"}:
+        raise bad_request(f'method.{kind} must be {{"hyperparameters": {{...}}}}.', param=f"method.{kind}")
+    hyperparameters = settings.get("hyperparameters") or {}
+    if not isinstance(hyperparameters, dict):
+        raise bad_request("hyperparameters must be an object.", param=f"method.{kind}.hyperparameters")
+    return name, dict(hyperparameters)
+
+
+def check(name: str, hyperparameters: dict[str, Any], *, where: str, validated: bool) -> dict[str, Any]:
+    """The hyperparameters to store: what was asked, checked, with "auto" for OpenAI's three where nothing was asked.
+
+    Args:
+        name: A name in METHODS.
+        hyperparameters: As asked.
+        where: Dotted name of the object that held them, for errors.
+        validated: Whether the job has a validation file; some settings need one.
+
+    Raises:
+        APIError: 400 naming the hyperparameter.
+    """
+    own = {field.name for field in dataclasses.fields(METHODS[name].config)}
+    common = run_fields()
+    content: dict[str, Any] = {"model": "m", "train_file": "t", "output_dir": "o"}
+    if validated:
+        content["eval_file"] = "e"
+    method: dict[str, Any] = {"name": name}
+    for key, value in hyperparameters.items():
+        param = f"{where}.{key[:64]}"
+        if key in OPENAI:
+            if value == AUTO or value is None:
+                continue
+            _check_range(key, value, param)
+            content[OPENAI[key]] = value
+        elif key in own:
+            method[key] = value
+        elif key in common:
+            content[key] = value
+        else:
+            known = ", ".join(sorted({*OPENAI, *own, *common}))
+            raise bad_request(
+                f"Unknown hyperparameter {key[:64]!r} of {name}; these exist: {known}.",
+                param=param,
+                code="unknown_hyperparameter",
+            )
+    try:
+        parse_run({**content, "method": method})
+    except (ConfigError, ValueError) as error:
+        raise _refused(error, where) from None
+    asked = {key: value for key, value in hyperparameters.items() if value is not None}
+    return {**dict.fromkeys(OPENAI, AUTO), **asked}
+
+
+def _check_range(key: str, value: Any, param: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise bad_request(f'{key} must be a number or "auto".', param=param)
+    if key in _RANGES:
+        least, most = _RANGES[key]
+        if not isinstance(value, int) or not least <= value <= most:
+            raise bad_request(f'{key} must be a whole number from {least} to {most}, or "auto".', param=param)
+    elif not 0 < value < float("inf"):
+        raise bad_request(f'{key} must be a positive number, or "auto".', param=param)
+
+
+def _refused(error: ValueError, where: str) -> APIError:
+    key = error.key.removeprefix("method.") if isinstance(error, ConfigError) else ""
+    return bad_request(f"{error}.", param=f"{where}.{key}" if key else where)
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of `method`, made from the registry: every method with its hyperparameters and their descriptions."""
+    names = ["supervised", *METHODS]
+    properties: dict[str, Any] = {"type": {"type": "string", "enum": names}}
+    for name in names:
+        method = METHODS[DEFAULT_METHOD if name == "supervised" else name]
+        own = json_schema(method.config).get("properties", {})
+        shared = {key: value for key, value in json_schema(RunConfig)["properties"].items() if key in run_fields()}
+        documented = fields_doc(RunConfig)
+        openai = {
+            key: {
+                "anyOf": [{"const": AUTO}, {"type": "number", "exclusiveMinimum": 0}]
+                if key not in _RANGES
+                else [{"const": AUTO}, {"type": "integer", "minimum": _RANGES[key][0], "maximum": _RANGES[key][1]}],
+                "description": documented[ours].doc,
+                "default": AUTO,
+            }
+            for key, ours in OPENAI.items()
+        }
+        hyperparameters = {"type": "object", "properties": {**shared, **own, **openai}, "additionalProperties": False}
+        properties[name] = {
+            "type": "object",
+            "description": method.summary,
+            "properties": {"hyperparameters": hyperparameters},
+            "additionalProperties": False,
+        }
+    return {"type": "object", "required": ["type"], "properties": properties, "additionalProperties": False}

@@ -1,0 +1,133 @@
+"""`/v1/models`: bases that were pulled, models that jobs made, their files as a tar, and the pull itself."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from anyio import to_thread
+from fastapi import APIRouter, Request
+from sqlalchemy import Engine as Database
+from sqlalchemy import delete, select
+from starlette.responses import Response
+
+from core.models.resolve import available
+from service.api import archive, pulling
+from service.api.deps import Config, Db, needs
+from service.api.docs import errors_of
+from service.api.errors import APIError, bad_request
+from service.api.fine_tuning import known_id
+from service.api.resolve import base_directory, model_missing, target
+from service.api.schemas.common import Deleted
+from service.api.schemas.resources import Listing, ModelObject, PullModel
+from service.db.engine import read, write
+from service.db.tables import Checkpoint, Job, Model
+from service.settings import Settings
+
+router = APIRouter(tags=["models"])
+
+
+def wire(row: Model) -> ModelObject:
+    """A made model's row as the wire shows it."""
+    return ModelObject(
+        id=row.id,
+        created=row.created_at,
+        owned_by="local",
+        kind="merged" if row.kind == "merged" else "adapter",
+        base=row.base,
+        job_id=row.job_id,
+    )
+
+
+def _base(name: str, settings: Settings) -> ModelObject:
+    created = int((base_directory(name, settings.home) / "config.json").stat().st_mtime)
+    return ModelObject(id=name, created=created, owned_by="base", kind="base")
+
+
+def _made(db: Database, name: str) -> ModelObject | None:
+    with read(db) as session:
+        row = session.scalar(select(Model).where(Model.id == name))
+        if row is not None:
+            return wire(row)
+        found = session.execute(
+            select(Checkpoint, Job.model).join(Job, Job.id == Checkpoint.job_id).where(Checkpoint.model_id == name)
+        ).first()
+    if found is None or not found[0].available:
+        return None
+    kind = "merged" if found[0].kind == "merged" else "adapter"
+    return ModelObject(
+        id=name, created=found[0].created_at, owned_by="local", kind=kind, base=found[1], job_id=found[0].job_id
+    )
+
+
+@router.get("/v1/models", response_model=Listing[ModelObject])
+@needs("read")
+def list_models(db: Db, settings: Config) -> Listing[ModelObject]:
+    """Every model that a request may name, checkpoints aside: bases first, then made ones, newest first."""
+    with read(db) as session:
+        made = [wire(row) for row in session.scalars(select(Model).order_by(Model.number.desc()))]
+    data = [_base(name, settings) for name in available(settings.home)] + made
+    return Listing[ModelObject](data=data, first_id=data[0].id if data else None, last_id=data[-1].id if data else None)
+
+
+@router.post("/v1/models/pull", response_model=ModelObject, responses=errors_of(409, 502, 507))
+@needs("admin")
+async def pull_model(request: Request, wanted: PullModel) -> ModelObject:
+    """Bring a base model to this machine, in a process of its own; repeated, it answers at once. May take minutes."""
+    settings: Settings = request.app.state.settings
+    name = await pulling.pull(wanted.model, settings.home, request.app.state.draining)
+    return await to_thread.run_sync(_base, name, settings)
+
+
+@router.get(
+    "/v1/models/{model:path}/content",
+    response_class=Response,
+    responses={
+        200: {"content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}}},
+        **errors_of(404, 429),
+    },
+)
+@needs("read")
+def get_model_content(model: str, request: Request, db: Db, settings: Config) -> Response:
+    """The artifact of a made model as a tar: adapter or merged weights, manifest with sha256 sums, model card."""
+    name = known_id(model) or ""
+    made = _made(db, name)
+    if made is None:
+        if not name.startswith("ft:"):
+            base_directory(name, settings.home)
+            raise bad_request("Only models that a job made can be downloaded, not their base.", param="model")
+        raise model_missing(name)
+    found = target(db, settings.home, name)
+    return archive.tar_of(found.adapter or found.base, made.id)
+
+
+@router.get("/v1/models/{model:path}", response_model=ModelObject, responses=errors_of(404))
+@needs("read")
+def get_model(model: str, db: Db, settings: Config) -> ModelObject:
+    """One model: a base, `ft:...`, or `ft:...:ckpt-step-N`."""
+    name = known_id(model) or ""
+    if not name.startswith("ft:"):
+        return _base(name, settings)
+    made = _made(db, name)
+    if made is None:
+        raise model_missing(name)
+    return made
+
+
+@router.delete("/v1/models/{model:path}", response_model=Deleted, responses=errors_of(404))
+@needs("jobs")
+def delete_model(model: str, db: Db, settings: Config) -> Deleted:
+    """Delete a made model and its files. Base models stay; checkpoints go by retention."""
+    name = known_id(model) or ""
+    if not name.startswith("ft:"):
+        base_directory(name, settings.home)
+        raise APIError(403, "Base models are not deleted over the API.", code="base_model", param="model")
+    with write(db) as session:
+        row = session.scalar(select(Model).where(Model.id == name))
+        if row is None:
+            raise model_missing(name)
+        session.execute(delete(Model).where(Model.id == name))
+    path = Path(row.path).resolve()
+    if path.is_relative_to(settings.home) and path != settings.home:
+        shutil.rmtree(path, ignore_errors=True)
+    return Deleted(id=row.id, object="model")

@@ -1,0 +1,112 @@
+"""Bringing a base model here, in a child process: conversion needs torch, and the API process never imports it.
+
+As a program: ``python -m service.api.pulling REF``; the answer is one JSON line on stdout. Its home is $GRADHELM_HOME.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from core.models.ref import parse_ref
+from core.models.resolve import local_directory
+from service.api.drain import Draining
+from service.api.errors import APIError, bad_request, busy
+from service.log import logger
+
+log = logger(__name__)
+SECONDS = 3600.0
+"""Longest pull."""
+
+
+async def pull(name: str, home: Path, draining: Draining) -> str:
+    """Pull a base model and return its name.
+
+    Args:
+        name: A catalog name or ``org/name[@revision]``.
+        home: The data folder.
+        draining: A stopping server ends the child; a later pull goes on from what is there.
+
+    Raises:
+        APIError: 400 for what is no such name or what the policy refuses, 502 when it cannot be fetched, 503 when the
+            server stops.
+    """
+    try:
+        ref = parse_ref(name)
+    except ValueError as error:
+        raise bad_request(f"{error}.", param="model", code="invalid_model") from None
+    if ref.kind not in ("catalog", "hub"):
+        message = "Only catalog names and Hub ids (org/name[@revision]) are pulled over the API, never paths."
+        raise bad_request(message, param="model", code="invalid_model")
+    if await asyncio.to_thread(local_directory, ref, home) is not None:
+        return str(ref)
+    answer = await _child(str(ref), home, draining)
+    if answer.get("ok"):
+        return str(ref)
+    refused = answer.get("kind") == "refused"
+    message = str(answer.get("message", "The model could not be fetched; the server's log has the cause."))
+    raise APIError(400 if refused else 502, message, code="model_refused" if refused else "pull_failed", param="model")
+
+
+async def _child(name: str, home: Path, draining: Draining) -> dict[str, Any]:
+    environment = {**os.environ, "GRADHELM_HOME": str(home), "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "service.api.pulling",
+        name,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=environment,
+    )
+    work = asyncio.create_task(process.communicate())
+    stop = asyncio.create_task(draining.begun.wait())
+    try:
+        await asyncio.wait((work, stop), timeout=SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            reason = "The server is stopping" if stop.done() else "The pull took too long"
+            raise busy(f"{reason}; pull again, it goes on from what is there.", seconds=5, code="pull_interrupted")
+        out, err = work.result()
+    finally:
+        stop.cancel()
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+            work.cancel()
+    lines = out.decode("utf-8", "replace").splitlines()
+    try:
+        answer = json.loads(lines[-1]) if lines else {}
+    except ValueError:
+        answer = {}
+    if not isinstance(answer, dict) or "ok" not in answer:
+        log.error("pull_failed", model=name, exit=process.returncode, tail=err.decode("utf-8", "replace")[-2000:])
+        return {"ok": False, "kind": "failed"}
+    return answer
+
+
+def main(argv: list[str]) -> int:
+    """Resolve one reference and say how it went, as one JSON line.
+
+    Args:
+        argv: The reference.
+    """
+    from core.models.resolve import resolve
+
+    answer: dict[str, Any] = {"ok": True}
+    try:
+        resolve(argv[0])
+    except ValueError as error:
+        answer = {"ok": False, "kind": "refused", "message": f"{error}"}
+    except Exception as error:
+        answer = {"ok": False, "kind": "failed", "message": f"The model could not be fetched: {error}"[:1000]}
+    sys.stdout.write(f"{json.dumps(answer)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,150 @@
+"""From the names in a request to files on this machine: models and vectors. The only place where the API does so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from sqlalchemy import Engine as Database
+from sqlalchemy import select
+
+from core.models.fingerprint import fingerprint
+from core.models.ref import ModelRef, parse_ref
+from core.models.resolve import local_directory
+from service.api.errors import APIError, bad_request
+from service.api.schemas.generation import SteeringSpec, VectorUse
+from service.db.engine import read
+from service.db.tables import Checkpoint, Job, Model, Vector
+from service.engines.base import Steering, SteeringTerm
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a model name stands for: the directory of the base, the directory of an adapter on it, if any."""
+
+    base: Path
+    adapter: Path | None = None
+
+
+def model_missing(name: str) -> APIError:
+    """The 404 for a model that nobody made or pulled."""
+    return APIError(
+        404,
+        f"The model {name[:200]!r} is not here. GET /v1/models lists what is; an admin can bring a base model with "
+        "`gradhelm models pull NAME` (a catalog name or org/name).",
+        code="model_not_found",
+        param="model",
+    )
+
+
+def base_ref(name: str) -> ModelRef:
+    """The reference of a base model as a client may write it: a catalog name or a Hub id, never a path.
+
+    Raises:
+        APIError: 404 for everything else.
+    """
+    try:
+        ref = parse_ref(name)
+    except ValueError:
+        raise model_missing(name) from None
+    if ref.kind not in ("catalog", "hub"):
+        raise model_missing(name)
+    return ref
+
+
+def base_directory(name: str, home: Path) -> Path:
+    """The directory of a base model that was pulled.
+
+    Raises:
+        APIError: 404 when it was not.
+    """
+    directory = local_directory(base_ref(name), home)
+    if directory is None:
+        raise model_missing(name)
+    return directory
+
+
+def target(db: Database, home: Path, name: str) -> Target:
+    """What to run for a model name: a base, ``ft:...`` or ``ft:...:ckpt-step-N``.
+
+    Raises:
+        APIError: 404 when there is no such model, or retention removed the checkpoint.
+    """
+    if not name.startswith("ft:"):
+        return Target(base_directory(name, home))
+    with read(db) as session:
+        made = session.scalar(select(Model).where(Model.id == name))
+        if made is not None:
+            kind, base, path = made.kind, made.base, Path(made.path)
+        else:
+            row = session.execute(
+                select(Checkpoint, Job.model).join(Job, Job.id == Checkpoint.job_id).where(Checkpoint.model_id == name)
+            ).first()
+            if row is None or not row[0].available:
+                raise model_missing(name)
+            kind, base, path = row[0].kind, row[1], Path(row[0].path)
+    if not path.is_dir():
+        raise model_missing(name)
+    return Target(path) if kind == "merged" else Target(base_directory(base, home), path)
+
+
+@lru_cache(maxsize=64)
+def _fingerprint(directory: Path, _changed: int) -> str:
+    return fingerprint(directory)
+
+
+def identity(directory: Path) -> str:
+    """The fingerprint of a model directory, computed once per change of its ``config.json``."""
+    return _fingerprint(directory, (directory / "config.json").stat().st_mtime_ns)
+
+
+def _blocks(directory: Path) -> int | None:
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    count = config.get("num_hidden_layers") or config.get("text_config", {}).get("num_hidden_layers")
+    return count if isinstance(count, int) else None
+
+
+def steering(db: Database, spec: SteeringSpec, model: Target) -> Steering:
+    """The engine's form of a steering object, once every vector exists, fits the model and has the layers.
+
+    Raises:
+        APIError: 404 unknown vector, 400 vector of another model or layer out of range, 422 nothing to touch.
+    """
+    wanted = [use.id for use in spec.vectors]
+    with read(db) as session:
+        found = {row.id: row for row in session.scalars(select(Vector).where(Vector.id.in_(wanted)))}
+    terms = [_term(index, use, found.get(use.id), model) for index, use in enumerate(spec.vectors)]
+    return Steering(tuple(terms), spec.preserve_norm)
+
+
+def _term(index: int, use: VectorUse, row: Vector | None, model: Target) -> SteeringTerm:
+    param = f"steering.vectors.{index}"
+    if row is None:
+        message = f"No such steering vector: {use.id[:100]!r}. GET /v1/steering/vectors lists them."
+        raise APIError(404, message, code="vector_not_found", param=f"{param}.id")
+    if row.fingerprint != identity(model.base):
+        message = (
+            f"The vector {row.id} belongs to {row.base}, not to the weights of this model. Fit one for this model."
+        )
+        raise bad_request(message, param=f"{param}.id", code="vector_model_mismatch")
+    if use.layers is not None:
+        _check_layers(param, use.layers, [int(layer) for layer in row.layers], _blocks(model.base))
+    layers = None if use.layers is None else tuple(sorted(set(use.layers)))
+    return SteeringTerm(row.path, use.strength, layers, use.positions)
+
+
+def _check_layers(param: str, asked: Sequence[int], has: Sequence[int], blocks: int | None) -> None:
+    beyond = [layer for layer in asked if blocks is not None and layer >= blocks]
+    if beyond:
+        message = f"Layer {beyond[0]} is out of range: the model has blocks 0 to {(blocks or 1) - 1}."
+        raise bad_request(message, param=f"{param}.layers", code="layer_out_of_range")
+    if not set(asked) & set(has):
+        message = f"The vector has no direction for layers {list(asked)}; it has {list(has)}. Nothing would be steered."
+        raise APIError(422, message, code="steering_touches_nothing", param=f"{param}.layers")
+    without = [layer for layer in asked if layer not in has]
+    if without:
+        message = f"The vector has no direction for layer {without[0]}; it has {list(has)}."
+        raise bad_request(message, param=f"{param}.layers", code="layer_out_of_range")

@@ -1,0 +1,139 @@
+"""What an operator may set, in one place: environment over file over default.
+
+Every field can be given as ``GRADHELM_<FIELD>`` (nested with two underscores: ``GRADHELM_ENGINE__MAX_ROWS=16``) or in the
+YAML file that ``gradhelm serve --config`` names; ``configs/service.yaml`` shows them all. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from core.home import home as default_home
+
+_MIB = 1 << 20
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LimitSettings(_Group):
+    """What one request may cost."""
+
+    body_bytes: int = Field(1 * _MIB, gt=0, description="Largest body of any route that is not an upload.")
+    upload_bytes: int = Field(512 * _MIB, gt=0, description="Largest file that /v1/files takes.")
+    vector_bytes: int = Field(64 * _MIB, gt=0, description="Largest steering vector that an import takes.")
+    min_free_disk_bytes: int = Field(
+        512 * _MIB, ge=0, description="An upload that would leave less free space in the data folder is refused."
+    )
+    choices: int = Field(16, ge=1, description="Largest `n` of a generation request.")
+    stream_clients: int = Field(256, ge=1, description="Open event and log streams; more are answered 429.")
+
+
+class JobSettings(_Group):
+    """How fine-tuning and fitting jobs are run."""
+
+    max_running: int = Field(1, ge=1, description="Jobs that run at the same time.")
+    threads: int = Field(1, ge=1, description="OMP_NUM_THREADS of one run.")
+    lease_seconds: float = Field(30.0, ge=0.6, description="Lease on a claimed job; renewed at a third of it.")
+    poll_seconds: float = Field(0.25, gt=0, description="How often events and exits of runs are looked at.")
+    max_retries: int = Field(3, ge=0, description="Attempts after a crash that could succeed next time.")
+    run_argv: tuple[str, ...] | None = Field(
+        None, description="Replaces `python -m trainers` and `python -m steering fit`; for tests of the machinery."
+    )
+    validate_argv: tuple[str, ...] | None = Field(
+        None, description="Replaces `python -m core.data.validate`; for tests of the machinery."
+    )
+
+
+class EngineSettings(_Group):
+    """How text is generated."""
+
+    threads: int = Field(2, ge=1, description="OMP_NUM_THREADS of one engine process.")
+    max_rows: int = Field(8, ge=1, description="Rows of one decode step.")
+    max_queue: int = Field(64, ge=0, description="Requests that may wait; more are answered 429.")
+    memory_bytes: int = Field(8192 * _MIB, gt=0, description="Base models are evicted by least use above this.")
+    idle_seconds: float = Field(600.0, gt=0, description="An engine process without requests ends after this.")
+    start_seconds: float = Field(300.0, gt=0, description="Longest wait for an engine process to become ready.")
+
+
+class Settings(BaseSettings):
+    """The server's configuration."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="GRADHELM_", env_nested_delimiter="__", extra="forbid", frozen=True, yaml_file=None
+    )
+
+    home: Path = Field(default_factory=default_home, description="Data folder.")
+    database_url: str | None = Field(
+        None, description="SQLAlchemy URL; none means SQLite in the data folder. PostgreSQL: postgresql+psycopg://..."
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    allowed_hosts: tuple[str, ...] = Field(
+        (), description="Names this server is reached under, besides the loopback names. Other Host headers get 403."
+    )
+    allowed_origins: tuple[str, ...] = Field(
+        (), description="Web origins, besides the server's own, from which a browser may change things."
+    )
+    drain_seconds: float = Field(
+        0.3, ge=0, description="On SIGTERM /readyz says 503 for this long before the listening socket closes."
+    )
+    grace_seconds: float = Field(
+        6.0, ge=0, description="After SIGTERM, generations may go on for this long; then they end with an error."
+    )
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="Lowest level that is logged.")
+    limits: LimitSettings = LimitSettings()
+    jobs: JobSettings = JobSettings()
+    engine: EngineSettings = EngineSettings()
+
+    @model_validator(mode="after")
+    def _absolute_home(self) -> Self:
+        object.__setattr__(self, "home", self.home.expanduser().resolve())
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments, then the environment, then the YAML file; nothing else is read."""
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+
+    @property
+    def database(self) -> str:
+        """SQLAlchemy URL of the job table."""
+        return self.database_url or f"sqlite:///{self.home / 'gradhelm.db'}"
+
+
+def load_settings(file: Path | None = None) -> Settings:
+    """Settings from the environment and, below it, one YAML file.
+
+    Args:
+        file: YAML file; none means environment and defaults only.
+
+    Raises:
+        ValueError: The file is missing, is not YAML, or holds an unknown key or a value out of range.
+    """
+    if file is None:
+        return Settings()
+    if not file.is_file():
+        raise ValueError(f"no settings file at {file}")
+
+    class FromFile(Settings):
+        model_config = SettingsConfigDict(yaml_file=file)
+
+    return FromFile()
