@@ -18,7 +18,8 @@ from service.cli.errors import CliError, ServerGone, ServerRefused, UsageProblem
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 # A first chat may wait for the engine to load its model; listing never takes that long.
-TIMEOUT = httpx.Timeout(600.0, connect=5.0)
+PATIENCE = 600.0
+CONNECT_SECONDS = 5.0
 
 
 def segment(identifier: str) -> str:
@@ -65,7 +66,10 @@ class Client:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         # A proxy of the environment has no business between this machine and itself.
         self.http = httpx.Client(
-            base_url=self.url, headers=headers, timeout=TIMEOUT, trust_env=parts.hostname not in LOOPBACK
+            base_url=self.url,
+            headers=headers,
+            timeout=httpx.Timeout(PATIENCE, connect=CONNECT_SECONDS),
+            trust_env=parts.hostname not in LOOPBACK,
         )
 
     def __enter__(self) -> Client:
@@ -79,17 +83,36 @@ class Client:
         return self._json("GET", path, params={k: v for k, v in params.items() if v is not None})
 
     def post(
-        self, path: str, body: Mapping[str, Any] | None = None, *, headers: Mapping[str, str] | None = None
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        patience: float = PATIENCE,
     ) -> dict[str, Any]:
         """POST a JSON object and read one back.
 
         With an Idempotency-Key among the headers a broken connection or a 503 is tried again twice: that is safe,
         since the server answers a repeated key with the first result.
+
+        Args:
+            path: the route.
+            body: what to send.
+            headers: further headers.
+            patience: longest wait for the answer, seconds.
+
+        Returns:
+            The answer.
+
+        Raises:
+            ServerGone: no server answered.
+            ServerRefused: the server said no.
         """
+        timeout = httpx.Timeout(patience, connect=CONNECT_SECONDS)
         attempts = 3 if headers and "Idempotency-Key" in headers else 1
         for attempt in range(1, attempts + 1):
             try:
-                return self._json("POST", path, json=body, headers=headers)
+                return self._json("POST", path, json=body, headers=headers, timeout=timeout)
             except (ServerGone, ServerRefused) as error:
                 gone = isinstance(error, ServerGone) or (isinstance(error, ServerRefused) and error.status == 503)
                 if not gone or attempt == attempts:

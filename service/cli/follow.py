@@ -7,6 +7,7 @@ that arrived (Last-Event-ID), so that no event is shown twice and none is missin
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ BAD = frozenset({"failed", "cancelled"})
 SETTLED = BAD | {"succeeded", "paused"}
 RETRY_FOR = 60.0
 PAUSE = 0.5  # seconds between two tries
+REFRESH = 1.0  # seconds between two looks at the job while events arrive
 
 
 class View(AbstractContextManager["View"], Protocol):
@@ -152,6 +154,33 @@ def summary(job: dict[str, Any]) -> str:
     return text
 
 
+class Patience:
+    """How long a server may be silent before we give up; says once that it waits.
+
+    Args:
+        seconds: the longest silence.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.since: float | None = None
+
+    def reset(self) -> None:
+        """The server answered."""
+        self.since = None
+
+    def endure(self, error: ServerGone | ServerRefused) -> None:
+        """Return if it is worth trying again, else raise what happened."""
+        if isinstance(error, ServerRefused) and error.status != 503:
+            raise error
+        if self.since is None:
+            self.since = time.monotonic()
+            first = error.message.splitlines()[0]
+            err().print(Text(f"{first} Trying again for {self.seconds:g} s.", style="yellow"))
+        if time.monotonic() - self.since >= self.seconds:
+            raise error
+
+
 def follow(client: Client, route: str, view: View, *, retry_for: float = RETRY_FOR) -> dict[str, Any]:
     """Show a job until it is settled.
 
@@ -168,12 +197,13 @@ def follow(client: Client, route: str, view: View, *, retry_for: float = RETRY_F
         ServerGone: the server did not answer for ``retry_for`` seconds.
     """
     last_id: str | None = None
-    silent_since: float | None = None
+    patience = Patience(retry_for)
     with view:
         while True:
             try:
                 job = client.get(route)
-                silent_since = None
+                looked = time.monotonic()
+                patience.reset()
                 if job["status"] not in SETTLED:
                     view.job(job)
                 for event in client.events("GET", f"{route}/events", params={"stream": "true"}, last_id=last_id):
@@ -181,20 +211,53 @@ def follow(client: Client, route: str, view: View, *, retry_for: float = RETRY_F
                     last_id = event.id if event.id is not None else last_id
                     if body is not None and body.get("object") == "fine_tuning.job.event":
                         view.event(body)
+                    if time.monotonic() - looked >= REFRESH:
+                        # Events say what happened; status, total and estimate stand on the job.
+                        looked = time.monotonic()
+                        now = client.get(route)
+                        if now["status"] not in SETTLED:
+                            view.job(now)
                 # The stream ends when the job is settled or the server shuts down. Only a job that was settled before
                 # its stream was read to the end has nothing more to tell.
                 if job["status"] in SETTLED:
                     view.job(job)
                     return job
             except (ServerGone, ServerRefused) as error:
-                if isinstance(error, ServerRefused) and error.status != 503:
-                    raise
-                now = time.monotonic()
-                if silent_since is None:
-                    silent_since = now
-                    err().print(
-                        Text(f"{error.message.splitlines()[0]} Trying again for {retry_for:g} s.", style="yellow")
-                    )
-                if now - silent_since >= retry_for:
-                    raise
+                patience.endure(error)
             time.sleep(PAUSE)
+
+
+def pieces(client: Client, route: str, *, wait: bool, retry_for: float = RETRY_FOR) -> Iterator[dict[str, Any]]:
+    """A job's log, piece by piece, taken up again by byte offset when the connection breaks.
+
+    Args:
+        client: the server.
+        route: the job's logs.
+        wait: go on until the job settles; without it, only what is there now.
+        retry_for: seconds for which a server that does not answer is tried again.
+
+    Yields:
+        ``{"offset": first byte, "text": ...}``.
+
+    Raises:
+        ServerGone: the server did not answer for ``retry_for`` seconds.
+    """
+    if not wait:
+        with client.stream("GET", route) as response:
+            yield {"offset": 0, "text": response.read().decode("utf-8", errors="replace")}
+        return
+    last_id: str | None = None
+    patience = Patience(retry_for)
+    while True:
+        try:
+            for event in client.events("GET", route, params={"stream": "true"}, last_id=last_id):
+                patience.reset()
+                last_id = event.id if event.id is not None else last_id
+                body = event.json() or {}
+                if body.get("object") == "log":
+                    yield {"offset": body["offset"], "text": body["text"]}
+                if event.name == "done":
+                    return
+        except (ServerGone, ServerRefused) as error:
+            patience.endure(error)
+        time.sleep(PAUSE)

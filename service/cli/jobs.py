@@ -228,15 +228,24 @@ def checkpoints(
 
 
 @app.command("logs")
-def logs(job_id: JobId, url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> None:
-    """Print what the run itself wrote (text; with --json one object with the text)."""
+def logs(
+    job_id: JobId,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job settles.")] = False,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what the run itself wrote; with --json each piece as a line with its byte offset."""
+    route = path(job_id, "logs")
     with Client(url, key) as client:
-        if not as_json:
-            client.save(path(job_id, "logs"), sys.stdout.buffer)
+        if not follow and not as_json:
+            client.save(route, sys.stdout.buffer)
             return
-        with client.stream("GET", path(job_id, "logs")) as response:
-            text = response.read().decode("utf-8", errors="replace")
-    emit({"id": job_id, "text": text})
+        for piece in following.pieces(client, route, wait=follow):
+            if as_json:
+                emit(piece, indent=None)
+            else:
+                print(piece["text"], end="", flush=True)
 
 
 def _act(job_id: str, action: str, url: str, key: str | None, as_json: bool) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from service.cli import archive
 from service.cli.client import Client, segment
-from service.cli.options import DEFAULT_URL, AsJson, Key, Limit, Url
+from service.cli.options import DEFAULT_URL, AsJson, Key, Url
 from service.cli.output import emit, fields, note, table
 
 if TYPE_CHECKING:
@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 app = typer.Typer(help="List, pull, export and delete models.", no_args_is_help=True)
 
 ModelId = Annotated[str, typer.Argument(metavar="MODEL", help="Model id, a base or ft:...", show_default=False)]
-COLUMNS = {"id": "id", "owned_by": "owner", "created": "created"}
+COLUMNS = {"id": "id", "kind": "kind", "base": "base", "created": "created"}
+PULL_SECONDS = 3700.0  # the server's own limit, and a little
 
 
 @app.command("list")
-def list_models(limit: Limit = 1000, url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> None:
+def list_models(url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> None:
     """List every model that may be named in a request."""
     with Client(url, key) as client:
-        rows = client.list("/v1/models", limit=limit)
+        rows = client.get("/v1/models")["data"]
     if as_json:
         emit(rows)
     else:
@@ -58,7 +59,7 @@ def pull(
     if not as_json:
         note(f"pulling {reference} ...")
     with Client(url, key) as client:
-        answer = client.post("/v1/models/pull", {"model": reference})
+        answer = client.post("/v1/models/pull", {"model": reference}, patience=PULL_SECONDS)
     if as_json:
         emit(answer)
     else:

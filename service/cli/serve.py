@@ -39,9 +39,8 @@ def serve(
         "GRADHELM_ALLOWED_HOSTS": json.dumps(allowed_host) if allowed_host else None,
     }
     os.environ.update({name: value for name, value in given.items() if value is not None})
-    import uvicorn
-
     from service.app import create_app
+    from service.cli.server import GracefulServer
     from service.log import configure
     from service.settings import load_settings
 
@@ -51,7 +50,7 @@ def serve(
         raise UsageProblem(f"The settings are not valid: {error}") from error
     listener = listen(settings.host, settings.port)
     configure(settings.log_level)
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), log_config=None, access_log=False, lifespan="on"))
+    server = GracefulServer(create_app(settings), settings)
     print(f"Gradhelm listens on {address(listener)} with its data in {settings.home}", flush=True)
     server.run(sockets=[listener])
     if not server.started:
