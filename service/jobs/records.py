@@ -41,7 +41,12 @@ class IdempotencyInFlight(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class NewJob:
-    """A job as asked for; the store adds id, status and times."""
+    """A job as asked for; the store adds id, status and times.
+
+    ``resolved`` is flat. Of a fine-tuning job: ``n_epochs``, ``batch_size`` and ``learning_rate_multiplier``, each a
+    number or "auto" until validation has counted the rows, and beside them whatever else was asked by the names of
+    ``RunConfig`` and of the method's own settings, already checked against both. Of a fit: fields of ``FitConfig``.
+    """
 
     kind: Literal["fine_tuning", "steering_fit"]
     model: str
@@ -113,3 +118,15 @@ def event_seq(event_id: str) -> int:
     if not prefix.startswith("ftevent-") or not seq.isascii() or not seq.isdigit() or len(seq) > 12:
         raise ValueError(f"{event_id[:80]!r} is not an event id; take one from the events list")
     return int(seq)
+
+
+def vector_id(job_id: str) -> str:
+    """The id of the vector that a fitting job makes; known from the start, so that it can be asked for meanwhile.
+
+    Args:
+        job_id: ``steerjob-<24>``.
+
+    Returns:
+        ``vec_<the same 24>``.
+    """
+    return f"vec_{job_id.rpartition('-')[2]}"
