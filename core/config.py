@@ -279,10 +279,10 @@ def _try_text(hint: Any, value: str, key: str) -> tuple[bool, Any]:
         parsed = read_yaml(text)
     except ValueError:
         parsed = text
-    for member in (member for member in members if member is not str):
-        found, result = _try(member, parsed, key)
-        if found:
-            return True, result
+    others = tuple(member for member in members if member is not str)
+    found, result = _try_union(others, parsed, key)
+    if found:
+        return True, result
     if str in members:
         return True, text
     return False, None
