@@ -114,6 +114,7 @@ class RowCache:
         self.lengths = [n + c for n, c in zip(self.lengths, self._plan.counts, strict=True)]
         self._plan = None
 
+    @torch.inference_mode()
     def take(self, other: RowCache, row: int) -> None:
         """Append a copy of a row of another cache."""
         length = other.lengths[row]
@@ -127,6 +128,7 @@ class RowCache:
                 buffer[len(self.lengths), :, :length] = source[row, :, :length]
         self.lengths.append(length)
 
+    @torch.inference_mode()
     def drop(self, row: int) -> None:
         """Remove a row; the last row takes its place. Without rows, the buffers are let go."""
         last = len(self.lengths) - 1

@@ -101,8 +101,9 @@ class Scheduler:
         Raises:
             EngineError: 400, 422 or 429; nothing of the request is kept.
         """
-        if len(self.waiting) >= self.limits.waiting:
-            raise EngineBusy(f"{len(self.waiting)} requests are waiting, the most allowed. Try again shortly.")
+        held = len(self.waiting) + len(self.running) + (len(self._prefill.sequences) if self._prefill else 0)
+        if held >= self.limits.rows + self.limits.waiting:
+            raise EngineBusy(f"{held} requests are being answered or waiting, the most allowed. Try again shortly.")
         prompt = encode(request, self.model.tokenizer)
         most = limit(request, len(prompt), self.context, self.limits.default_max_tokens)
         steering = None
