@@ -63,8 +63,18 @@ def _place(name: str, parameters: list[str]) -> Iterator[tuple[str, int]]:
             yield name, parameters.index(wanted)
 
 
+def _handed_up(kind: ast.ClassDef, places: dict[str, int]) -> Iterator[ast.expr]:
+    """What a subclass gives to ``super().__init__`` at its base's place."""
+    bases = [base.id for base in kind.bases if isinstance(base, ast.Name) and base.id in places]
+    for node in ast.walk(kind):
+        if bases and isinstance(node, ast.Call) and ast.unparse(node.func) == "super().__init__":
+            yield from node.args[places[bases[0]] :][:1]
+
+
 def _values(tree: ast.Module, places: dict[str, int]) -> Iterator[ast.expr]:
     for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            yield from _handed_up(node, places)
         if isinstance(node, ast.Call):
             yield from (keyword.value for keyword in node.keywords if keyword.arg in NAMES)
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,12 +117,17 @@ def _dataclass(cls: type) -> Iterator[Setting]:
 
 
 def _pydantic(cls: Any, prefix: str = "") -> Iterator[Setting]:
+    from core.config_docs import describe
+    from core.home import home
+
     for name, field in cls.model_fields.items():
         if hasattr(field.annotation, "model_fields"):
             yield from _pydantic(field.annotation, f"{prefix}{name}.")
             continue
-        default = "the data folder" if field.default_factory else _shown(field.default)
-        yield Setting(f"{prefix}{name}", _type(field.annotation), default, field.description or "")
+        default = (
+            "~/.gradhelm" if field.default_factory is home else _shown(field.get_default(call_default_factory=True))
+        )
+        yield Setting(f"{prefix}{name}", describe(field.annotation), default, field.description or "")
 
 
 def routes() -> Iterator[Route]:
@@ -168,21 +172,13 @@ def _commands(command: Any, path: tuple[str, ...]) -> Iterator[Command]:
 def _option(param: Any) -> Option:
     argument = param.param_type_name == "argument"
     flag = bool(getattr(param, "is_flag", False))
-    value = "" if flag or argument else (param.metavar or param.make_metavar(_context()))
+    value = "" if flag or argument else (param.metavar or param.bare_type().upper())
     default = "required" if param.required else ("" if flag or param.default is None else str(param.default))
     names = (param.metavar or param.name.upper(),) if argument else tuple(param.opts)
     doc = (getattr(param, "help", "") or "").strip()
     if getattr(param, "envvar", None):
         doc += f" Environment: `{param.envvar}`."
     return Option(names, value, default, doc)
-
-
-def _context() -> Any:
-    import typer
-
-    from service.cli import app
-
-    return typer.Context(typer.main.get_command(app))
 
 
 def metrics() -> Iterator[Metric]:
@@ -212,10 +208,3 @@ def _shown(value: object) -> str:
     if isinstance(value, tuple | list) and not value:
         return "none"
     return str(value)
-
-
-def _type(annotation: Any) -> str:
-    from core.config_docs import describe
-
-    arguments = typing.get_args(annotation)
-    return describe(annotation) if annotation is not None else " or ".join(map(str, arguments))

@@ -27,6 +27,8 @@ def blocks(facts: Facts) -> dict[str, str]:
         ((f"`{one.name}`", one.kind, ", ".join(one.labels) or "-", one.doc) for one in facts.metrics),
     )
     made["row-codes"] = _row_codes()
+    made["pair-codes"] = _pair_codes()
+    made["fit-methods"] = _fit_methods()
     return made
 
 
@@ -56,6 +58,19 @@ def _row_codes() -> str:
     rows = [(f"`{code}`", "error", _cell(text)) for code, text in CODES.items()]
     rows += [(f"`{code}`", "warning", _cell(text)) for code, text in WARNINGS.items()]
     return _table(("code", "kind", "meaning"), rows)
+
+
+def _pair_codes() -> str:
+    from steering.pairs import CODES
+
+    return _table(("code", "meaning"), ((f"`{code}`", _cell(text)) for code, text in CODES.items()))
+
+
+def _fit_methods() -> str:
+    from steering.registry import METHODS
+
+    rows = ((f"`{one.name}`", one.paper, _cell(one.summary)) for one in METHODS.values())
+    return _table(("method", "arXiv", "what it does"), rows)
 
 
 def _table(heading: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

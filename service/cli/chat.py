@@ -63,8 +63,13 @@ def chat(
     preserve_norm: Annotated[
         bool, typer.Option("--preserve-norm", help="Keep each activation's length while steering.")
     ] = False,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, show_default=False)] = None,
-    temperature: Annotated[float | None, typer.Option("--temperature", min=0.0, max=2.0, show_default=False)] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=1, help="Longest answer.", show_default=False)
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option("--temperature", min=0.0, max=2.0, help="0 is greedy; 1 unless set.", show_default=False),
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Same seed, same answer.", show_default=False)] = None,
     url: Url = DEFAULT_URL,
     key: Key = None,

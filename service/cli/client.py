@@ -176,7 +176,7 @@ class Client:
             last_id: id of the last event already seen; the stream goes on behind it.
 
         Yields:
-            Events in order.
+            sse.Event: events in order.
 
         Raises:
             ServerGone: the connection broke before the server ended the stream.

@@ -237,7 +237,7 @@ def pieces(client: Client, route: str, *, wait: bool, retry_for: float = RETRY_F
         retry_for: seconds for which a server that does not answer is tried again.
 
     Yields:
-        ``{"offset": first byte, "text": ...}``.
+        dict[str, Any]: ``{"offset": first byte, "text": ...}``.
 
     Raises:
         ServerGone: the server did not answer for ``retry_for`` seconds.

@@ -80,7 +80,9 @@ def create(
     suffix: Annotated[
         str | None, typer.Option("--suffix", help="Part of the new model's id.", show_default=False)
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, max=2**31 - 1, show_default=False)] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, max=2**31 - 1, help="Drawn when not given.", show_default=False)
+    ] = None,
     metadata: Annotated[
         list[str] | None,
         typer.Option(
