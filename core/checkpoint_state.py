@@ -128,14 +128,14 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     """
     try:
         python, numpy, cuda = state["python"], state["numpy"], state["cuda"]
+        if len(cuda) > torch.cuda.device_count():
+            raise ValueError(f"random state is that of {len(cuda)} GPUs; here are {torch.cuda.device_count()}")
         keys = np.frombuffer(base64.b64decode(numpy["keys"], validate=True), dtype="<u4").astype(np.uint32)
         random.setstate((python["version"], tuple(python["words"]), python["gauss"]))
         np.random.set_state((numpy["name"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
         torch.set_rng_state(_unpack(state["torch"]))
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"random state does not fit this process: {error}") from error
-    if len(cuda) > torch.cuda.device_count():
-        raise ValueError(f"random state is that of {len(cuda)} GPUs; here are {torch.cuda.device_count()}")
     for index, text in enumerate(cuda):
         torch.cuda.set_rng_state(_unpack(text), index)
 
