@@ -146,7 +146,7 @@ def claim(session: Session, *, status: str, target: str, owner: str, now: float,
     ).one_or_none()
 
 
-def take_over(session: Session, *, owner: str, now: float, ttl: float, everything: bool) -> Sequence[Job]:
+def take_over(session: Session, *, owner: str, now: float, ttl: float, own: bool) -> Sequence[Job]:
     """Leases that ran out get a new owner and token (``ix_jobs_lease_expires_at``).
 
     Args:
@@ -154,14 +154,13 @@ def take_over(session: Session, *, owner: str, now: float, ttl: float, everythin
         owner: the new owner.
         now: seconds since the epoch.
         ttl: seconds.
-        everything: also leases that still hold.
+        own: also leases that ``owner`` itself held in an earlier life.
 
     Returns:
         The jobs.
     """
-    guards = [Job.lease_token.is_not(None)]
-    if not everything:
-        guards += [Job.lease_expires_at < now, Job.lease_owner != owner]
+    expired = (Job.lease_expires_at < now) & (Job.lease_owner != owner)
+    guards = (Job.lease_token.is_not(None), expired | (Job.lease_owner == owner) if own else expired)
     values = {"lease_owner": owner, "lease_token": secrets.token_hex(16), "lease_expires_at": now + ttl}
     return session.scalars(update(Job).where(*guards).values(values).returning(Job), execution_options=_PLAIN).all()
 
@@ -205,3 +204,35 @@ def guarded_update(
     return session.scalars(
         update(Job).where(*where).values(changed).returning(Job), execution_options=_PLAIN
     ).one_or_none()
+
+
+def claimable(session: Session, now: float) -> set[str]:
+    """Statuses in which a job waits to be claimed (``ix_jobs_status_number``); read-only, so that idling is free.
+
+    Args:
+        session: any transaction.
+        now: seconds since the epoch.
+
+    Returns:
+        Among ``queued`` and ``validating_files``.
+    """
+    free = (Job.lease_token.is_(None), Job.not_before <= now, Job.status.in_(("queued", "validating_files")))
+    return set(session.scalars(select(Job.status).where(*free).distinct()))
+
+
+def put_checkpoint(session: Session, row: Checkpoint) -> None:
+    """Insert a checkpoint; a step that a resumed run saved again replaces its row (``ix_checkpoints_job_id_step``).
+
+    Args:
+        session: a write transaction.
+        row: the new row.
+    """
+    known = session.scalars(
+        select(Checkpoint).where(Checkpoint.job_id == row.job_id, Checkpoint.step == row.step)
+    ).one_or_none()
+    if known is None:
+        session.add(row)
+    else:
+        known.created_at, known.kind, known.path = row.created_at, row.kind, row.path
+        known.metrics, known.available = row.metrics, True
+    session.flush()

@@ -32,6 +32,7 @@ class Running:
 class Exited:
     """The run has ended and left no process; exactly one of ``code`` and ``signal`` is set."""
 
+    attempt: int
     code: int | None
     signal: int | None
     finished_at: float
@@ -42,6 +43,9 @@ class Exited:
 class Gone:
     """No process is left, and how it ended is unknown: reboot, replaced container, or a killed supervisor."""
 
+    attempt: int | None
+    """The last attempt that was started; None: none ever was."""
+
 
 Status = Running | Exited | Gone
 
@@ -51,7 +55,7 @@ class AlreadyRunning(RuntimeError):
 
 
 class StaleAttempt(RuntimeError):
-    """A newer attempt of this job has been started already: the caller's claim is out of date."""
+    """This or a newer attempt of the job has been started already: look at it with ``recover``."""
 
 
 class Executor(Protocol):

@@ -129,7 +129,7 @@ class LocalExecutor:
         ended = _exit_of(handle.directory, handle.attempt)  # read after the look: it is written before the end
         if ended is not None:
             return ended
-        return Running(handle) if alive else Gone()
+        return Running(handle) if alive else Gone(handle.attempt)
 
     def terminate(self, handle: Handle) -> None:
         """See ``Executor.terminate``: the supervisor passes SIGTERM on to the run's group.
@@ -203,7 +203,7 @@ class LocalExecutor:
                 break
             time.sleep(0.01)  # a supervisor holds the lock and has not written its record yet
         processes.kill_all(job_id)
-        return Gone()
+        return Gone(handle.attempt if record is not None else None)
 
     @staticmethod
     def _alive(handle: Handle) -> bool:
@@ -224,7 +224,7 @@ def _exit_of(directory: Path, attempt: int) -> Exited | None:
     end = read_json(directory / EXIT)
     if end is None or end.get("attempt") != attempt:
         return None
-    return Exited(end["code"], end["signal"], float(end["finished_at"]), tuple(end["last_lines"]))
+    return Exited(attempt, end["code"], end["signal"], float(end["finished_at"]), tuple(end["last_lines"]))
 
 
 def _is_locked(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """The run's log: byte ranges with absolute offsets that survive rotation. Standard library only.
 
-The log is a sequence of files ``run.log.<offset of its first byte>``. A full one is followed by a new file, and no file is
-ever renamed, so a reader cannot be confused by a rotation; when all of them together pass the quota, the oldest goes.
+The log is a sequence of files ``run.log.<offset of its first byte>``. A full one is followed by a new file, and no file
+is ever renamed, so a reader cannot be confused by a rotation; when all together pass the quota, the oldest goes.
 A reader that asks for bytes that are gone gets the oldest ones there are, and sees it by the offset.
 """
 

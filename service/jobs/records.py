@@ -118,15 +118,3 @@ def event_seq(event_id: str) -> int:
     if not prefix.startswith("ftevent-") or not seq.isascii() or not seq.isdigit() or len(seq) > 12:
         raise ValueError(f"{event_id[:80]!r} is not an event id; take one from the events list")
     return int(seq)
-
-
-def vector_id(job_id: str) -> str:
-    """The id of the vector that a fitting job makes; known from the start, so that it can be asked for meanwhile.
-
-    Args:
-        job_id: ``steerjob-<24>``.
-
-    Returns:
-        ``vec_<the same 24>``.
-    """
-    return f"vec_{job_id.rpartition('-')[2]}"

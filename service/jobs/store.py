@@ -323,20 +323,20 @@ class JobStore:
         with write(self.engine) as session:
             return queries.claim(session, status=status, target=target, owner=owner, now=self.clock(), ttl=ttl)
 
-    def take_over(self, owner: str, ttl: float, *, everything: bool = False) -> Sequence[Job]:
+    def take_over(self, owner: str, ttl: float, *, own: bool = False) -> Sequence[Job]:
         """Give leases that ran out to a new owner; their old tokens are worth nothing from here on.
 
         Args:
             owner: the new owner.
             ttl: seconds, as in ``claim``.
-            everything: also leases that still hold. Only for a server that has proved, by the data folder's lock, that
-                no other one lives.
+            own: also leases that this very owner held in an earlier life. Only for a server that has proved, by the
+                data folder's lock, that no other one lives under its name.
 
         Returns:
             The jobs, to be looked after: what became of their processes is not known yet.
         """
         with write(self.engine) as session:
-            return queries.take_over(session, owner=owner, now=self.clock(), ttl=ttl, everything=everything)
+            return queries.take_over(session, owner=owner, now=self.clock(), ttl=ttl, own=own)
 
     def renew(self, tokens: Mapping[str, str], ttl: float) -> set[str]:
         """Prolong leases.
@@ -351,6 +351,11 @@ class JobStore:
         expires = self.clock() + ttl
         with write(self.engine) as session:
             return {job_id for job_id, token in tokens.items() if not queries.renew(session, job_id, token, expires)}
+
+    def claimable(self) -> set[str]:
+        """Statuses in which a job waits for ``claim``."""
+        with read(self.engine) as session:
+            return queries.claimable(session, self.clock())
 
     def leased(self, tokens: Mapping[str, str]) -> Mapping[str, Job]:
         """The rows behind some leases, as they are now; those of other tokens are left out.
@@ -412,6 +417,7 @@ class JobStore:
         events: Sequence[Event] = (),
         values: Mapping[str, Any] | None = None,
         rows: Iterable[Any] = (),
+        checkpoints: Iterable[Checkpoint] = (),
         gone: Iterable[str] = (),
     ) -> Job:
         """One guarded update of a job with its events and new rows. ``transition`` is this plus the state machine.
@@ -425,6 +431,7 @@ class JobStore:
             events: events to append.
             values: columns to set.
             rows: ORM rows to insert.
+            checkpoints: new checkpoints; a step saved again replaces the earlier one.
             gone: ids of checkpoints whose directories are gone.
 
         Returns:
@@ -446,6 +453,8 @@ class JobStore:
                 raise StaleWrite(f"job {job_id} was changed by someone else; this result is dropped")
             _insert_events(session, job, events, self.clock())
             session.add_all(rows)
+            for checkpoint in checkpoints:
+                queries.put_checkpoint(session, checkpoint)
             missing = tuple(gone)
             if missing:
                 session.execute(update(Checkpoint).where(Checkpoint.id.in_(missing)).values(available=False))

@@ -1,12 +1,12 @@
 """The small process between the server and a run; it outlives the server. Standard library only, so it starts fast.
 
-``python -m service.jobs.supervisor DIRECTORY --job-id ID --attempt N --token T [--quota BYTES] [--threads N] -- ARGV...``
+``python -m service.jobs.supervisor DIRECTORY --job-id ID --attempt N [--token T --quota BYTES --threads N] -- ARGV...``
 
 It takes the folder's lock (one run at a time), refuses an attempt that is not newer than the last one, ends what an
-earlier supervisor may have left, starts the run in a process group of its own, pumps its output into the log, forwards
-SIGTERM, and in the end, when no process of the run is left, writes exit.json. On standard output it says ``ok``, ``busy``
-or ``stale`` once. Not covered: its own SIGKILL takes the run's output pipe with it; then ``LocalExecutor.recover`` ends
-what is left, and the job is queued again.
+earlier supervisor may have left, starts the run in a process group of its own, pumps its output into the log,
+forwards SIGTERM, and in the end, when no process of the run is left, writes exit.json. On standard output it says
+``ok``, ``busy`` or ``stale`` once. Not covered: its own SIGKILL takes the run's output pipe with it; then
+``LocalExecutor.recover`` ends what is left, and the job is queued again.
 """
 
 from __future__ import annotations

@@ -1,0 +1,52 @@
+"""What the scheduler holds in memory for one leased job. All of it can be found again in the database and on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from service.db.tables import Job
+from service.executors.base import Handle
+from service.jobs import names
+
+Phase = Literal["validation", "run"]
+
+
+@dataclass
+class Live:
+    """A job that this scheduler has a lease on."""
+
+    job_id: str
+    token: str
+    phase: Phase
+    handle: Handle | None = None
+    """The process; None while it could not be started yet."""
+    asked_to_stop: bool = False
+    """SIGTERM was sent by this scheduler, or by the one before it."""
+    not_before: float = 0.0
+    """After a start that failed: not tried again earlier, seconds since the epoch."""
+
+    def directory(self, home: Path) -> Path:
+        """Folder of the process of this phase.
+
+        Args:
+            home: the data folder.
+
+        Returns:
+            The job's folder, or the one for validation in it.
+        """
+        place = names.validation_directory if self.phase == "validation" else names.job_directory
+        return place(home, self.job_id)
+
+
+def phase_of(job: Job) -> Phase:
+    """Which process a leased job has: a run is claimed only after validation, and that sets ``started_at``.
+
+    Args:
+        job: the row.
+
+    Returns:
+        The phase.
+    """
+    return "validation" if job.started_at is None else "run"
