@@ -15,7 +15,8 @@ from service.api import chat, docs, errors, files, fine_tuning, follow, health, 
 from service.api.deps import guard
 from service.api.drain import Draining
 from service.api.middleware import Gate
-from service.api.parts import Parts, SchedulerLike
+from service.api.parts import SchedulerLike, engine_pool
+from service.api.parts import scheduler as scheduler_of
 from service.db.engine import connect, migrate
 from service.engines.base import Engine
 from service.jobs.store import JobStore
@@ -26,7 +27,7 @@ from service.security.keys import ensure_admin
 from service.settings import Settings
 
 log = logger(__name__)
-FOLDERS = ("files", "jobs", "vectors", "models")
+FOLDERS = ("files", "jobs", "vectors", "models", "logs")
 
 
 def create_app(settings: Settings, *, engine: Engine | None = None, scheduler: SchedulerLike | None = None) -> FastAPI:
@@ -55,9 +56,8 @@ def create_app(settings: Settings, *, engine: Engine | None = None, scheduler: S
     state.open_streams = 0
     state.db = connect(settings.database)
     state.store = JobStore(state.db)
-    parts = Parts(settings, state.store)
-    state.engine = engine or parts.engine()
-    state.scheduler = scheduler or parts.scheduler()
+    state.engine = engine or engine_pool(settings)
+    state.scheduler = scheduler or scheduler_of(settings, state.store)
     for module in (health, files, fine_tuning, follow, logs, models, chat, vectors, keys):
         app.include_router(module.router)
     errors.install(app)
@@ -102,13 +102,17 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         yield
     finally:
         state.draining.finish()
-        await to_thread.run_sync(state.scheduler.stop)
+        await to_thread.run_sync(_stop_scheduler, state.scheduler, settings)
         try:
             await asyncio.wait_for(state.engine.close(), 5)
         except TimeoutError:
             log.warning("engine_close_timed_out")
         state.db.dispose()
         log.info("stopped")
+
+
+def _stop_scheduler(scheduler: SchedulerLike, settings: Settings) -> None:
+    scheduler.stop(end_runs=settings.jobs.end_with_server, seconds=settings.jobs.stop_seconds)
 
 
 def _prepare(settings: Settings, db: Any) -> None:

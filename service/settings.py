@@ -1,13 +1,13 @@
 """What an operator may set, in one place: environment over file over default.
 
-Every field can be given as ``GRADHELM_<FIELD>`` (nested with two underscores: ``GRADHELM_ENGINE__MAX_ROWS=16``) or in the
+Every field can be given as ``GRADHELM_<FIELD>`` (nested with two underscores: ``GRADHELM_ENGINE__ROWS=16``) or in the
 YAML file that ``gradhelm serve --config`` names; ``configs/service.yaml`` shows them all. Unknown keys are errors.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import (
@@ -47,6 +47,13 @@ class JobSettings(_Group):
     lease_seconds: float = Field(30.0, ge=0.6, description="Lease on a claimed job; renewed at a third of it.")
     poll_seconds: float = Field(0.25, gt=0, description="How often events and exits of runs are looked at.")
     max_retries: int = Field(3, ge=0, description="Attempts after a crash that could succeed next time.")
+    log_quota_bytes: int = Field(100 * _MIB, ge=65536, description="Output kept of one job; the oldest goes first.")
+    end_with_server: bool = Field(
+        False,
+        description="On a stop, end the runs at a checkpoint too: for containers, where nothing survives the server. "
+        "Without it runs go on, and the next start adopts them.",
+    )
+    stop_seconds: float = Field(60.0, ge=0, description="How long `end_with_server` waits for the checkpoints.")
     run_argv: tuple[str, ...] | None = Field(
         None, description="Replaces `python -m trainers` and `python -m steering fit`; for tests of the machinery."
     )
@@ -59,11 +66,19 @@ class EngineSettings(_Group):
     """How text is generated."""
 
     threads: int = Field(2, ge=1, description="OMP_NUM_THREADS of one engine process.")
-    max_rows: int = Field(8, ge=1, description="Rows of one decode step.")
-    max_queue: int = Field(64, ge=0, description="Requests that may wait; more are answered 429.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="What engines compute in.")
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:[0-9]+)?)$", description="Where models lie: cpu, cuda, cuda:1.")
+    rows: int = Field(16, ge=1, description="Requests of one base model that generate at once.")
+    waiting: int = Field(64, ge=0, description="Requests that may wait for a row; more are answered 429.")
+    cache_bytes: int = Field(2 << 30, gt=0, description="Most bytes of keys and values of one engine process.")
+    prefill_tokens: int = Field(
+        256, ge=1, description="Most prompt tokens between two decode steps: higher starts long prompts sooner."
+    )
+    default_max_tokens: int = Field(1024, ge=1, description="Length of a chat answer whose request gives none.")
+    adapters: int = Field(8, ge=1, description="LoRA adapters that one engine process holds.")
     memory_bytes: int = Field(8192 * _MIB, gt=0, description="Base models are evicted by least use above this.")
     idle_seconds: float = Field(600.0, gt=0, description="An engine process without requests ends after this.")
-    start_seconds: float = Field(300.0, gt=0, description="Longest wait for an engine process to become ready.")
+    start_seconds: float = Field(120.0, gt=0, description="Longest wait for an engine process to become ready.")
 
 
 class Settings(BaseSettings):
@@ -107,8 +122,8 @@ class Settings(BaseSettings):
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is the library's
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Arguments, then the environment, then the YAML file; nothing else is read."""
         return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)

@@ -1,4 +1,4 @@
-"""A folder as a tar, made while it is sent: nothing is buffered whole, and the archive says nothing about this machine."""
+"""A folder as a tar, made while it is sent: nothing is buffered whole, and it says nothing about this machine."""
 
 from __future__ import annotations
 

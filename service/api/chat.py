@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
-from uuid import uuid4
 
 from anyio import to_thread
 from fastapi import APIRouter, Request
@@ -18,10 +16,11 @@ from service.api.deps import needs
 from service.api.docs import errors_of
 from service.api.drain import Draining
 from service.api.errors import bad_request, body, busy, engine_body
+from service.api.formats import ChatFormat, Format, TextFormat
 from service.api.generation import Collected, Observed
 from service.api.resolve import Target, steering, target
 from service.api.schemas.generation import ChatCompletion, ChatRequest, Completion, CompletionRequest, GenerationRequest
-from service.engines.base import Chunk, EngineError, Message, Sampling, Steering, TokenLogprob
+from service.engines.base import Chunk, EngineError, Message, Sampling, Steering
 from service.log import logger
 
 log = logger(__name__)
@@ -50,7 +49,7 @@ async def chat_completions(request: Request, wanted: ChatRequest) -> Response:
         max_tokens=wanted.max_completion_tokens or wanted.max_tokens,
         logprobs=(wanted.top_logprobs or 0) if wanted.logprobs else None,
     )
-    return await _answer(request, wanted, prompt, how, _Chat(wanted))
+    return await _answer(request, wanted, prompt, how, ChatFormat(wanted))
 
 
 @router.post(
@@ -67,121 +66,7 @@ async def completions(request: Request, wanted: CompletionRequest) -> Response:
         logprobs=wanted.logprobs,
     )
     prompt = wanted.prompt if isinstance(wanted.prompt, str) else wanted.prompt[0]
-    return await _answer(request, wanted, prompt, how, _Text(wanted))
-
-
-class _Format:
-    """How a generation looks on the wire; one value a request."""
-
-    prefix = ""
-    whole = ""
-    part = ""
-
-    def __init__(self, wanted: GenerationRequest) -> None:
-        self.model = wanted.model
-        self.usage = wanted.stream_options is not None and wanted.stream_options.include_usage
-        self.id = f"{self.prefix}{uuid4().hex}"
-        self.created = int(time.time())
-
-    def envelope(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": list(choices)}
-
-    def answer(self, collected: Sequence[Collected]) -> dict[str, Any]:
-        choices = [self._settled(index, choice) for index, choice in enumerate(collected)]
-        return {**self.envelope(self.whole, choices), "usage": generation.usage(collected).model_dump()}
-
-    def _settled(self, index: int, choice: Collected) -> dict[str, Any]:
-        made = {"index": index, **self.full(choice), "finish_reason": choice.finish_reason}
-        receipt = generation.receipt(choice.receipt)
-        return made if receipt is None else {**made, "steering": receipt.model_dump()}
-
-    def full(self, choice: Collected) -> dict[str, Any]:
-        """The choice's text and log-probabilities."""
-        raise AssertionError("a format defines this")
-
-    def opening(self, index: int) -> list[dict[str, Any]]:
-        """What a stream says about a choice before its first text."""
-        raise AssertionError("a format defines this")
-
-    def delta(self, index: int, chunk: Chunk) -> dict[str, Any]:
-        """New text of a choice."""
-        raise AssertionError("a format defines this")
-
-    def closing(self, index: int, chunk: Chunk) -> dict[str, Any]:
-        """The choice's last word, with the receipt."""
-        empty = Chunk("", (), chunk.finish_reason)
-        receipt = generation.receipt(chunk.receipt)
-        last = {**self.delta(index, empty), "finish_reason": chunk.finish_reason}
-        return last if receipt is None else {**last, "steering": receipt.model_dump()}
-
-
-class _Chat(_Format):
-    prefix, whole, part = "chatcmpl-", "chat.completion", "chat.completion.chunk"
-
-    def __init__(self, wanted: ChatRequest) -> None:
-        super().__init__(wanted)
-        self.logprobs = bool(wanted.logprobs)
-
-    def full(self, choice: Collected) -> dict[str, Any]:
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
-        return {"message": message, "logprobs": self._logprobs(choice.logprobs)}
-
-    def opening(self, index: int) -> list[dict[str, Any]]:
-        first = {"role": "assistant", "content": "", "refusal": None}
-        return [{"index": index, "delta": first, "logprobs": None, "finish_reason": None}]
-
-    def delta(self, index: int, chunk: Chunk) -> dict[str, Any]:
-        delta = {"content": chunk.text} if chunk.text or chunk.logprobs else {}
-        logprobs = self._logprobs(chunk.logprobs) if chunk.logprobs else None
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
-
-    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        if not self.logprobs:
-            return None
-        content = [
-            {
-                "token": token.token,
-                "bytes": token.bytes,
-                "logprob": token.logprob,
-                "top_logprobs": [{"token": t.token, "bytes": t.bytes, "logprob": t.logprob} for t in token.top],
-            }
-            for token in tokens
-        ]
-        return {"content": content, "refusal": None}
-
-
-class _Text(_Format):
-    prefix, whole, part = "cmpl-", "text_completion", "text_completion"
-
-    def __init__(self, wanted: CompletionRequest) -> None:
-        super().__init__(wanted)
-        self.logprobs = wanted.logprobs is not None
-        self.offsets: dict[int, int] = {}
-
-    def full(self, choice: Collected) -> dict[str, Any]:
-        return {"text": choice.text, "logprobs": self._logprobs(choice.logprobs, 0)[0]}
-
-    def opening(self, index: int) -> list[dict[str, Any]]:
-        return []
-
-    def delta(self, index: int, chunk: Chunk) -> dict[str, Any]:
-        logprobs, self.offsets[index] = self._logprobs(chunk.logprobs, self.offsets.get(index, 0))
-        return {"index": index, "text": chunk.text, "logprobs": logprobs, "finish_reason": None}
-
-    def _logprobs(self, tokens: Sequence[TokenLogprob], offset: int) -> tuple[dict[str, Any] | None, int]:
-        if not self.logprobs:
-            return None, offset
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token.token)
-        made = {
-            "tokens": [token.token for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{t.token: t.logprob for t in token.top} for token in tokens],
-            "text_offset": offsets,
-        }
-        return made, offset
+    return await _answer(request, wanted, prompt, how, TextFormat(wanted))
 
 
 def _resolve(request: Request, wanted: GenerationRequest) -> tuple[Target, Steering | None]:
@@ -191,7 +76,7 @@ def _resolve(request: Request, wanted: GenerationRequest) -> tuple[Target, Steer
 
 
 async def _answer(
-    request: Request, wanted: GenerationRequest, prompt: tuple[Message, ...] | str, how: Sampling, form: _Format
+    request: Request, wanted: GenerationRequest, prompt: tuple[Message, ...] | str, how: Sampling, form: Format
 ) -> Response:
     state = request.app.state
     draining: Draining = state.draining
@@ -215,7 +100,7 @@ async def _answer(
     return JSONResponse(form.answer(collected))
 
 
-async def _events(items: Source, form: _Format, count: int) -> AsyncGenerator[bytes, None]:
+async def _events(items: Source, form: Format, count: int) -> AsyncGenerator[bytes, None]:
     """The wire's stream; an error in the middle is its last event, since the status is out already."""
     opened: set[int] = set()
     totals = [Collected() for _ in range(count)]

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from typing import Annotated, Any, TypeVar, cast
 
 import structlog
-from fastapi import Depends, Request
+from fastapi import Depends, FastAPI, Request
+from fastapi.routing import iter_route_contexts
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy import Engine as Database
 
 from service.api.drain import Draining
 from service.api.errors import APIError
+from service.api.parts import SchedulerLike
 from service.engines.base import Engine
 from service.jobs.store import JobStore
 from service.metrics import Metrics
@@ -47,6 +49,14 @@ def public(handler: Handler) -> Handler:
 def scope_of(endpoint: Callable[..., Any]) -> Scope | None:
     """The scope that an endpoint was marked with; ``admin`` when it was not; none when it is public."""
     return cast("Scope | None", endpoint.__dict__.get("scope", "admin"))
+
+
+def endpoints(app: FastAPI) -> list[tuple[frozenset[str], str, Callable[..., Any]]]:
+    """Every route of the app, those of included routers too, as (methods, path, endpoint)."""
+    found: list[tuple[frozenset[str], str, Callable[..., Any]]] = []
+    for context in iter_route_contexts(app.routes):
+        found.append((frozenset(context.methods or ()), context.path or "", context.endpoint))
+    return found
 
 
 def guard(request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> None:
@@ -99,6 +109,10 @@ def _draining(request: Request) -> Draining:
     return cast(Draining, request.app.state.draining)
 
 
+def _scheduler(request: Request) -> SchedulerLike:
+    return cast(SchedulerLike, request.app.state.scheduler)
+
+
 Caller = Annotated[Identity, Depends(_identity)]
 Config = Annotated[Settings, Depends(_settings)]
 Db = Annotated[Database, Depends(_database)]
@@ -106,3 +120,4 @@ Jobs = Annotated[JobStore, Depends(_store)]
 Generator = Annotated[Engine, Depends(_engine)]
 Counts = Annotated[Metrics, Depends(_metrics)]
 Stopping = Annotated[Draining, Depends(_draining)]
+Mover = Annotated[SchedulerLike, Depends(_scheduler)]

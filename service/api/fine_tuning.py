@@ -12,7 +12,7 @@ from fastapi import APIRouter, Header, Query, Request
 from sqlalchemy import Engine as Database
 
 from service.api import methods
-from service.api.deps import Caller, Config, Db, Jobs, needs
+from service.api.deps import Caller, Config, Db, Jobs, Mover, needs
 from service.api.docs import errors_of
 from service.api.errors import bad_request
 from service.api.files import find as find_file
@@ -141,6 +141,7 @@ def create_job(
     settings: Config,
     db: Db,
     store: Jobs,
+    mover: Mover,
     idempotency_key: IdempotencyKey = None,
     retry_count: RetryCount = None,
 ) -> JobObject:
@@ -172,7 +173,9 @@ def create_job(
         if wanted.validation_file is not None:
             check_data(db, wanted.validation_file, "validation_file", ("fine-tune",))
 
-    return wire(submit(store, new, check, idempotency_key=idempotency_key, retry_count=retries(retry_count)))
+    job = submit(store, new, check, idempotency_key=idempotency_key, retry_count=retries(retry_count))
+    mover.wake()
+    return wire(job)
 
 
 _DEEP_METADATA: dict[str, Any] = {
@@ -233,23 +236,29 @@ def get_job(fine_tuning_job_id: str, store: Jobs) -> JobObject:
 
 @router.post("/v1/fine_tuning/jobs/{fine_tuning_job_id}/cancel", response_model=JobObject, responses=errors_of(404))
 @needs("jobs")
-def cancel_job(fine_tuning_job_id: str, store: Jobs) -> JobObject:
+def cancel_job(fine_tuning_job_id: str, store: Jobs, mover: Mover) -> JobObject:
     """Cancel: at once when nothing runs; else `cancelling` until its last process is gone."""
-    return wire(store.request_cancel(known_id(fine_tuning_job_id) or ""))
+    job = store.request_cancel(known_id(fine_tuning_job_id) or "")
+    mover.wake()
+    return wire(job)
 
 
 @router.post("/v1/fine_tuning/jobs/{fine_tuning_job_id}/pause", response_model=JobObject, responses=errors_of(404))
 @needs("jobs")
-def pause_job(fine_tuning_job_id: str, store: Jobs) -> JobObject:
+def pause_job(fine_tuning_job_id: str, store: Jobs, mover: Mover) -> JobObject:
     """Pause: the run stops at its next micro-batch and writes a checkpoint."""
-    return wire(store.request_pause(known_id(fine_tuning_job_id) or ""))
+    job = store.request_pause(known_id(fine_tuning_job_id) or "")
+    mover.wake()
+    return wire(job)
 
 
 @router.post("/v1/fine_tuning/jobs/{fine_tuning_job_id}/resume", response_model=JobObject, responses=errors_of(404))
 @needs("jobs")
-def resume_job(fine_tuning_job_id: str, store: Jobs) -> JobObject:
+def resume_job(fine_tuning_job_id: str, store: Jobs, mover: Mover) -> JobObject:
     """Queue a paused job again; it goes on from its checkpoint as if it had never stopped."""
-    return wire(store.request_resume(known_id(fine_tuning_job_id) or ""))
+    job = store.request_resume(known_id(fine_tuning_job_id) or "")
+    mover.wake()
+    return wire(job)
 
 
 def wire_checkpoint(row: Checkpoint) -> CheckpointObject:

@@ -88,7 +88,7 @@ async def pull_model(request: Request, wanted: PullModel) -> ModelObject:
     },
 )
 @needs("read")
-def get_model_content(model: str, request: Request, db: Db, settings: Config) -> Response:
+def get_model_content(model: str, db: Db, settings: Config) -> Response:
     """The artifact of a made model as a tar: adapter or merged weights, manifest with sha256 sums, model card."""
     name = known_id(model) or ""
     made = _made(db, name)

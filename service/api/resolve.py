@@ -111,7 +111,7 @@ def steering(db: Database, spec: SteeringSpec, model: Target) -> Steering:
     """The engine's form of a steering object, once every vector exists, fits the model and has the layers.
 
     Raises:
-        APIError: 404 unknown vector, 400 vector of another model or layer out of range, 422 nothing to touch.
+        APIError: 404 unknown vector, 400 vector of another model or layer out of range.
     """
     wanted = [use.id for use in spec.vectors]
     with read(db) as session:
@@ -129,7 +129,7 @@ def _term(index: int, use: VectorUse, row: Vector | None, model: Target) -> Stee
         message = (
             f"The vector {row.id} belongs to {row.base}, not to the weights of this model. Fit one for this model."
         )
-        raise bad_request(message, param=f"{param}.id", code="vector_model_mismatch")
+        raise bad_request(message, param=f"{param}.id", code="steering_wrong_model")
     if use.layers is not None:
         _check_layers(param, use.layers, [int(layer) for layer in row.layers], _blocks(model.base))
     layers = None if use.layers is None else tuple(sorted(set(use.layers)))
@@ -140,11 +140,8 @@ def _check_layers(param: str, asked: Sequence[int], has: Sequence[int], blocks: 
     beyond = [layer for layer in asked if blocks is not None and layer >= blocks]
     if beyond:
         message = f"Layer {beyond[0]} is out of range: the model has blocks 0 to {(blocks or 1) - 1}."
-        raise bad_request(message, param=f"{param}.layers", code="layer_out_of_range")
-    if not set(asked) & set(has):
-        message = f"The vector has no direction for layers {list(asked)}; it has {list(has)}. Nothing would be steered."
-        raise APIError(422, message, code="steering_touches_nothing", param=f"{param}.layers")
+        raise bad_request(message, param=f"{param}.layers", code="steering_layer_out_of_range")
     without = [layer for layer in asked if layer not in has]
     if without:
         message = f"The vector has no direction for layer {without[0]}; it has {list(has)}."
-        raise bad_request(message, param=f"{param}.layers", code="layer_out_of_range")
+        raise bad_request(message, param=f"{param}.layers", code="steering_layer_not_in_vector")

@@ -1,7 +1,287 @@
-"""`/v1/steering/vectors`: fit as a job, import, list, get, content, delete."""
+"""`/v1/steering/vectors`: fit as a job, import, list, get, content, delete.
+
+A fit's vector has its id from the start: while the job is on its way, the vector is there with the job's status.
+"""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import FileResponse
+from sqlalchemy import Engine as Database
+from sqlalchemy import delete, select
+
+from core.config import ConfigError, parse
+from service.api.deps import Caller, Config, Counts, Db, Jobs, Mover, needs
+from service.api.docs import errors_of
+from service.api.errors import APIError, bad_request, not_found
+from service.api.files import body_of, declared_length
+from service.api.fine_tuning import IdempotencyKey, RetryCount, body_hash, check_data, listing, retries, submit
+from service.api.resolve import base_directory
+from service.api.schemas.common import Deleted
+from service.api.schemas.resources import FitVector, JobError, Listing, VectorObject
+from service.db.engine import read, write
+from service.db.tables import Job, Vector
+from service.jobs.names import own_id
+from service.jobs.records import NewJob, new_id
+from service.jobs.states import TERMINAL
+from service.security import uploads
+from service.security.paths import inside
+from service.security.vector_file import read_vector
+from steering.config import FitConfig
 
 router = APIRouter(tags=["steering"])
+READY = "ready"
+"""Status of a vector that can be used."""
+
+_FIT_FIELDS = ("layers", "site", "positions", "batch_size", "max_length", "dtype")
+_FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary", "description": "A vector's safetensors file."},
+                        "name": {"type": "string", "maxLength": 255, "description": "Shown in lists."},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+def wire(row: Vector) -> VectorObject:
+    """A vector's row as the wire shows it."""
+    return VectorObject(
+        id=row.id,
+        status=READY,
+        name=row.name,
+        model=row.base,
+        method=row.method,
+        created_at=row.created_at,
+        job_id=row.job_id,
+        source="import" if row.source == "import" else "fit",
+        layers=[int(layer) for layer in row.layers],
+        site=row.site,
+        fingerprint=row.fingerprint,
+        bytes=row.bytes,
+        sha256=row.sha256,
+        metadata=dict(row.metadata_),
+    )
+
+
+def wire_job(job: Job) -> VectorObject:
+    """A vector that is not there yet, as its job stands."""
+    error = None
+    if job.error_code is not None:
+        error = JobError(code=job.error_code, message=job.error_message or "", param=job.error_param)
+    return VectorObject(
+        id=own_id(job, "vec_"),
+        status=job.status,
+        name=job.suffix or own_id(job, "vec_"),
+        model=job.model,
+        method=job.method,
+        created_at=job.created_at,
+        job_id=job.id,
+        source="fit",
+        error=error,
+        metadata=dict(job.metadata_),
+    )
+
+
+def find(db: Database, name: str) -> Vector | Job:
+    """The row of a vector, or the job that is to make it.
+
+    Raises:
+        APIError: 404 when there is neither.
+    """
+    if "\x00" not in name:
+        with read(db) as session:
+            row = session.scalar(select(Vector).where(Vector.id == name))
+            if row is not None:
+                return row
+            job_id = f"steerjob-{name.removeprefix('vec_')}"
+            job = session.scalar(select(Job).where(Job.id == job_id, Job.kind == "steering_fit"))
+            if job is not None and job.status != "succeeded":  # a succeeded one without a row: the vector was deleted
+                return job
+    raise not_found("steering vector", name, param="vector_id", code="vector_not_found")
+
+
+@router.post("/v1/steering/vectors", response_model=VectorObject, responses=errors_of(404, 409, 422, 507))
+@needs("jobs")
+def fit_vector(
+    wanted: FitVector,
+    caller: Caller,
+    settings: Config,
+    db: Db,
+    store: Jobs,
+    mover: Mover,
+    idempotency_key: IdempotencyKey = None,
+    retry_count: RetryCount = None,
+) -> VectorObject:
+    """Fit a vector to pairs of texts, as a job. Poll the vector, or follow the job at /v1/fine_tuning/jobs/{job_id}."""
+    body = wanted.model_dump(exclude_unset=True)
+    asked = {name: body[name] for name in _FIT_FIELDS if body.get(name) is not None}
+    try:
+        parse(FitConfig, {"model": "m", "data_file": "d", "output_dir": "o", "method": wanted.method, **asked})
+    except (ConfigError, ValueError) as error:
+        field = error.key if isinstance(error, ConfigError) and error.key else "method"
+        raise bad_request(f"{error}.", param=field, code="invalid_value") from None
+    new = NewJob(
+        kind="steering_fit",
+        model=wanted.model,
+        method=wanted.method,
+        request=body,
+        resolved=asked,
+        seed=secrets.randbelow(2**31) if wanted.seed is None else wanted.seed,
+        training_file=wanted.training_file,
+        key_id=caller.key_id,
+        suffix=wanted.name,
+        body_hash=body_hash({**body, "route": "steering"}),
+        metadata=wanted.metadata or {},
+    )
+
+    def check() -> None:
+        base_directory(wanted.model, settings.home)
+        check_data(db, wanted.training_file, "training_file", ("steering", "fine-tune"))
+
+    job = submit(store, new, check, idempotency_key=idempotency_key, retry_count=retries(retry_count))
+    mover.wake()
+    return wire_job(job)
+
+
+@router.post(
+    "/v1/steering/vectors/import", response_model=VectorObject, openapi_extra=_FORM, responses=errors_of(422, 507)
+)
+@needs("jobs")
+async def import_vector(request: Request, caller: Caller, settings: Config, db: Db, metrics: Counts) -> VectorObject:
+    """Take a vector that was exported here or elsewhere; it steers only the model whose fingerprint it carries."""
+    name = new_id("vec", "_")
+    upload = await uploads.receive(
+        body_of(request),
+        content_type=request.headers.get("content-type", ""),
+        path=settings.home / "vectors" / f".{name}.part",
+        limit=settings.limits.vector_bytes,
+        min_free=settings.limits.min_free_disk_bytes,
+        declared=declared_length(request),
+    )
+    try:
+        row = await to_thread.run_sync(_store, db, upload, name, caller.key_id, settings.limits.vector_bytes)
+    finally:
+        upload.path.unlink(missing_ok=True)
+    metrics.upload_bytes.inc(upload.size)
+    return wire(row)
+
+
+def _store(db: Database, upload: uploads.Upload, identifier: str, key_id: str, limit: int) -> Vector:
+    shown = upload.fields.pop("name", "") or Path(upload.filename).stem or identifier
+    for field in upload.fields:
+        message = f"Unsupported parameter: {field[:64]!r}. It would have no effect."
+        raise bad_request(message, param=field[:64], code="unsupported_parameter")
+    if len(shown) > 255 or "\x00" in shown:
+        raise bad_request("The name may have 255 characters and no NUL.", param="name")
+    try:
+        about = read_vector(upload.path, limit)
+    except ValueError as error:
+        raise bad_request(f"The file cannot be used: {error}.", param="file", code="invalid_vector") from None
+    final = upload.path.with_name(f"{identifier}.safetensors")
+    row = Vector(
+        id=identifier,
+        name=shown,
+        source="import",
+        base=about.base,
+        fingerprint=about.fingerprint,
+        site=about.site,
+        method=about.method,
+        layers=list(about.layers),
+        path=str(final),
+        bytes=upload.size,
+        sha256=upload.sha256,
+        key_id=key_id,
+        created_at=int(time.time()),
+        metadata_={"norms": about.norms, **about.metadata},
+    )
+    os.replace(upload.path, final)
+    try:
+        with write(db) as session:
+            session.add(row)
+    except BaseException:
+        final.unlink(missing_ok=True)
+        raise
+    return row
+
+
+@router.get("/v1/steering/vectors", response_model=Listing[VectorObject], responses=errors_of(404))
+@needs("read")
+def list_vectors(
+    db: Db,
+    after: Annotated[str | None, Query(max_length=64)] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> Listing[VectorObject]:
+    """Vectors that are ready, newest first; on the first page, before them, those whose fit is not over."""
+    query = select(Vector).order_by(Vector.number.desc()).limit(limit + 1)
+    pending: list[Job] = []
+    with read(db) as session:
+        if after is None:
+            waiting = select(Job).where(Job.kind == "steering_fit", Job.status.not_in(TERMINAL))
+            pending = list(session.scalars(waiting.order_by(Job.number.desc()).limit(limit)))
+        else:
+            last = find(db, after)
+            if isinstance(last, Vector):
+                query = query.where(Vector.number < last.number)
+        rows = session.scalars(query).all()
+    data = [wire_job(job) for job in pending] + [wire(row) for row in rows[:limit]]
+    return listing(data, len(rows) > limit)
+
+
+@router.get("/v1/steering/vectors/{vector_id}", response_model=VectorObject, responses=errors_of(404))
+@needs("read")
+def get_vector(vector_id: str, db: Db) -> VectorObject:
+    """One vector, or how its fit stands."""
+    found = find(db, vector_id)
+    return wire(found) if isinstance(found, Vector) else wire_job(found)
+
+
+@router.get(
+    "/v1/steering/vectors/{vector_id}/content",
+    response_class=FileResponse,
+    responses={
+        200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
+        206: {"description": "A part of the file."},
+        **errors_of(404, 416),
+    },
+)
+@needs("read")
+def get_vector_content(vector_id: str, db: Db, settings: Config) -> FileResponse:
+    """The vector's safetensors file."""
+    found = find(db, vector_id)
+    if isinstance(found, Job):
+        raise APIError(404, f"The vector is not fitted yet: its job is {found.status}.", code="vector_not_ready")
+    path = inside(settings.home / "vectors", f"{found.id}.safetensors")
+    if not path.is_file():
+        raise not_found("steering vector", vector_id, param="vector_id", code="vector_not_found")
+    return FileResponse(path, media_type="application/octet-stream", filename=f"{found.id}.safetensors")
+
+
+@router.delete("/v1/steering/vectors/{vector_id}", response_model=Deleted, responses=errors_of(404))
+@needs("jobs")
+def delete_vector(vector_id: str, db: Db, settings: Config) -> Deleted:
+    """Delete a vector and its file. A fit that is not over is cancelled as a job."""
+    found = find(db, vector_id)
+    if isinstance(found, Job):
+        message = f"The vector is not fitted yet; cancel its job {found.id} instead."
+        raise APIError(400, message, code="vector_not_ready", param="vector_id")
+    with write(db) as session:
+        session.execute(delete(Vector).where(Vector.id == found.id))
+    inside(settings.home / "vectors", f"{found.id}.safetensors").unlink(missing_ok=True)
+    return Deleted(id=found.id, object="steering.vector")

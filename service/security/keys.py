@@ -1,7 +1,7 @@
 """API keys: 256 random bits, of which only the sha256 is kept; scoped; never logged.
 
-A key of 256 random bits needs no slow hash: there is nothing to guess. It is found by its hash, and the hash is compared
-again in constant time, so that an index with other ideas about equality cannot let a near miss in.
+A key of 256 random bits needs no slow hash: there is nothing to guess. It is found by its hash, and the hash is
+compared again in constant time, so that an index with other ideas about equality cannot let a near miss in.
 """
 
 from __future__ import annotations

@@ -23,8 +23,11 @@ class IdleScheduler:
     def start(self) -> None:
         self.calls.append("start")
 
-    def stop(self) -> None:
+    def stop(self, *, end_runs: bool = False, seconds: float = 60.0) -> None:
         self.calls.append("stop")
+
+    def wake(self) -> None:
+        self.calls.append("wake")
 
 
 @pytest.fixture

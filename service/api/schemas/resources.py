@@ -93,7 +93,7 @@ class JobObject(Answer):
     suffix: str | None = None
     estimated_finish: int | None = None
     metadata: dict[str, str]
-    integrations: list[Any] = []
+    integrations: list[Any] = Field(default_factory=list)
     progress: dict[str, Any]
 
 
@@ -145,13 +145,17 @@ class FitVector(Body):
     model: Name = Field(description="The model whose activations are compared.")
     training_file: Name = Field(description="Id of an uploaded file: rows with `positive` and `negative`.")
     method: Name = Field("mean_difference", description="Fitting method.")
-    name: Annotated[Text, Field(min_length=1, max_length=255)] | None = Field(None, description="Shown in lists.")
+    name: Annotated[Text, Field(min_length=1, max_length=64)] | None = Field(None, description="Shown in lists.")
     layers: Annotated[list[Annotated[int, Field(ge=0, le=10_000)]], Field(min_length=1, max_length=512)] | None = Field(
         None, description="0-based blocks to fit; none means all."
     )
     seed: Annotated[int, Field(ge=0, le=2147483647)] | None = Field(None, description="Drawn when not given.")
     metadata: Metadata | None = None
-    hyperparameters: dict[Text, Any] | None = Field(None, description="Further settings of the fit.")
+    site: Literal["block", "attention", "mlp"] | None = Field(None, description="Whose output is compared.")
+    positions: Literal["last", "answer", "all"] | None = Field(None, description="Tokens that count.")
+    batch_size: Annotated[int, Field(ge=1, le=256)] | None = Field(None, description="Texts in one forward pass.")
+    max_length: Annotated[int, Field(ge=2, le=131072)] | None = Field(None, description="Longest row in tokens.")
+    dtype: Literal["float32", "bfloat16"] | None = Field(None, description="What the model computes in.")
 
 
 class VectorObject(Answer):
@@ -166,13 +170,13 @@ class VectorObject(Answer):
     created_at: int
     job_id: str | None = None
     source: Literal["fit", "import"]
-    layers: list[int] = []
+    layers: list[int] = Field(default_factory=list)
     site: str | None = None
     fingerprint: str | None = None
     bytes: int | None = None
     sha256: str | None = None
     error: JobError | None = None
-    metadata: dict[str, Any] = {}
+    metadata: dict[str, Any] = Field(default_factory=dict)
 
 
 class CreateKey(Body):
