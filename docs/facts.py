@@ -10,8 +10,6 @@ from typing import Any
 from docs.codes import error_codes
 
 ROOT = Path(__file__).resolve().parent.parent
-# Made by the framework, not by us.
-BUILT_IN = frozenset({"/docs", "/redoc", "/docs/oauth2-redirect"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,25 +128,30 @@ def _pydantic(cls: Any, prefix: str = "") -> Iterator[Setting]:
         yield Setting(f"{prefix}{name}", describe(field.annotation), default, field.description or "")
 
 
+class _Idle:
+    """A scheduler for an app that is looked at and never started."""
+
+    def start(self) -> None:
+        """Nothing."""
+
+    def stop(self) -> None:
+        """Nothing."""
+
+
 def routes() -> Iterator[Route]:
     """Every route of the app, with the scope that its key needs."""
-    from fastapi.routing import APIRoute
+    from fastapi.routing import iter_route_contexts
 
     from service.api.deps import scope_of
     from service.app import create_app
+    from service.engines.fake import FakeEngine
     from service.settings import Settings
 
-    for route in create_app(Settings()).routes:
-        path = getattr(route, "path", str(route))
-        if path in BUILT_IN:
-            continue
-        methods = sorted(getattr(route, "methods", None) or {"?"})
-        for method in (name for name in methods if name != "HEAD"):
-            if isinstance(route, APIRoute):
-                yield Route(method, path, scope_of(route.endpoint) or "none", route.description)
-            else:
-                endpoint = getattr(route, "endpoint", None)
-                yield Route(method, path, "?", _first(getattr(endpoint, "__doc__", "")))
+    for route in iter_route_contexts(create_app(Settings(), engine=FakeEngine(), scheduler=_Idle()).routes):
+        path = route.path_format or route.path or str(route)
+        for method in sorted((route.methods or {"any"}) - {"HEAD"}):
+            scope = scope_of(route.endpoint) if route.endpoint else "unknown"
+            yield Route(method, path, scope or "none", _first(getattr(route.endpoint, "__doc__", "")))
 
 
 def commands() -> Iterator[Command]:
