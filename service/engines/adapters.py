@@ -87,6 +87,8 @@ class Adapters:
                 raise EngineUnavailable(f"All {self._limit} places for adapters are in use. Try again shortly.")
             name = self._names.pop(idle)
             del self._users[name]
+            if self._names:  # PEFT warns when it has to choose another active one; forwards here name theirs
+                self._peft.set_adapter(next(iter(self._names.values())))
             self._peft.delete_adapter(name)
 
     def _load(self, directory: Path) -> str:
