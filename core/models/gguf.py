@@ -225,7 +225,7 @@ class _Reader:
         length = self.number("<Q")
         if length > limit:
             raise ValueError(f"a text of {length} bytes is too long")
-        self.charge(length)
+        self.charge(5 * length)  # the bytes, and up to four for each in the text that they become
         return self.take(length).decode("utf-8")
 
     def number(self, form: str) -> Any:
