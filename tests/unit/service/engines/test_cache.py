@@ -33,6 +33,7 @@ def feed(cache: RowCache, rows: list[list[float]], counts: list[int], values: li
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
+@torch.inference_mode()
 def test_equals_a_list_of_lists(data: st.DataObject) -> None:
     cache, rows, value = RowCache(LAYERS), [], 0.0
     for _ in range(data.draw(st.integers(1, 12))):
