@@ -18,6 +18,9 @@ from service.jobs.records import Event
 USER_ERROR = 2
 STOPPED = 3
 
+_WIRE_PARAMS = {"train_file": "training_file", "data_file": "training_file", "eval_file": "validation_file"}
+"""Fields of run files, as requests call them."""
+
 _MEMORY = ("MemoryError", "OutOfMemoryError", "std::bad_alloc", "Cannot allocate memory", "can't allocate memory")
 
 
@@ -154,7 +157,8 @@ def failure(
         text += "\n".join(("; the last lines of its log:", *lines)) if lines else "; it printed nothing"
     code = str(error["code"]) if error is not None and error.get("code") else default
     param = error.get("param") if error is not None else None
-    values = {"error_code": code[:64], "error_message": text, "error_param": str(param)[:64] if param else None}
+    param = _WIRE_PARAMS.get(str(param), str(param))[:64] if param else None
+    values = {"error_code": code[:64], "error_message": text, "error_param": param}
     return Ending("failed", [Event(f"Job failed: {text.splitlines()[0]}", level="error", data={"code": code})], values)
 
 

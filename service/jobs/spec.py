@@ -90,7 +90,7 @@ def validation_argv(job: Job, home: Path, program: Sequence[str] | None) -> list
     Returns:
         Program and arguments.
     """
-    kind = "core.data.validate" if job.kind == "fine_tuning" else "steering.validate"
+    kind = "core.data.validate" if job.kind == "fine_tuning" else "service.jobs.check_pairs"
     argv = [*(program or (sys.executable, "-m", kind)), "--model", job.model]
     argv += ["--train", str(names.file_path(home, job.training_file))]
     if job.validation_file is not None:
