@@ -118,7 +118,7 @@ def _scores(
         part = pairs[start : start + batch_size]
         examples = [Example(0, [*p, *option], [IGNORED] * len(p) + list(option)) for p, option in part]
         logprobs, _, _ = _predictions(model, collate(examples, pad_id=pad_id))
-        for own in logprobs.double().split([len(option) for _, option in part]):
+        for own in torch.split(logprobs.double(), [len(option) for _, option in part]):
             yield float(own.sum())
 
 

@@ -247,7 +247,7 @@ def steer(model: nn.Module, *, fingerprint: str) -> Iterator[Steering]:
         fingerprint: Of its base weights (`Loaded.fingerprint`).
 
     Yields:
-        The scope: `open` rows, set `rows`, announce `positions`, run the model.
+        The scope, in which to `open` rows, set `rows`, announce `positions`, and run the model.
 
     Raises:
         RuntimeError: The model is being steered already.

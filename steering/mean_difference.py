@@ -18,7 +18,8 @@ from core.activations import record
 from core.data.batch import Batch, collate
 from core.data.chat import encode, text_prompt_ids
 from core.data.example import IGNORED, Example
-from core.data.source import DataError, Message, Row, RowProblem
+from core.data.rules import Message, Row, RowProblem
+from core.data.source import DataError
 from core.models.load import Loaded
 from core.models.sites import blocks
 from steering.config import FitConfig

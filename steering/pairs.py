@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from core.data.lines import MAX_LINE_BYTES, read_lines
-from core.data.source import DataError, Message, RowProblem
+from core.data.rules import Message, RowProblem
+from core.data.source import DataError
 
 KEYS = ("prompt", "messages", "positive", "negative")
 ROLES = ("system", "developer", "user", "assistant")
@@ -85,7 +86,8 @@ def read_pairs(path: Path) -> Pairs:
         DataError: With up to `MAX_PROBLEMS` problems.
         OSError: The file cannot be read.
     """
-    found, problems = Pairs([]), []
+    found = Pairs([])
+    problems: list[RowProblem] = []
     for line in read_lines(path):
         if len(problems) == MAX_PROBLEMS:
             break

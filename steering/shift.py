@@ -85,7 +85,8 @@ def relative_shift(before: Tensor, after: Tensor) -> Tensor:
     """
     before = before.float()
     ratio = torch.linalg.vector_norm(after.float() - before, dim=-1)
-    return ratio / torch.linalg.vector_norm(before, dim=-1).clamp_min(_TINY)
+    shift: Tensor = ratio / torch.linalg.vector_norm(before, dim=-1).clamp_min(_TINY)
+    return shift
 
 
 def decode_shift(rows: Sequence[int], batch: int, fused: Sequence[Fused], phases: Sequence[int], keep: Sequence[bool],
@@ -138,4 +139,5 @@ def _index(rows: Sequence[int], batch: int, device: torch.device) -> Tensor | No
 
 
 def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm

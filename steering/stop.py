@@ -38,15 +38,17 @@ class StopSignals:
         if self.requested:
             raise StoppedError
 
-    def handle(self, number: int, _frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
         """Note a signal; runs on the main thread.
 
         Args:
             number: Which signal.
+            frame: Not used.
 
         Raises:
             KeyboardInterrupt: At the second SIGINT.
         """
+        del frame
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
