@@ -380,9 +380,9 @@ class Loop:
     def _kept(self, step: int) -> set[int]:
         """Steps whose checkpoints stay when that of ``step`` is written: the newest, and the best."""
         here = sorted(int(path.name.removeprefix("step-")) for path in self.root.glob("step-*"))
-        others = [other for other in here if other != step]
-        newest = others[len(others) - (self.config.keep_checkpoints - 1) :] if self.config.keep_checkpoints > 1 else []
-        return {*newest, step, *([self.progress.best_step] if self.progress.best_step is not None else [])}
+        newest = sorted({*here, step})[-self.config.keep_checkpoints :]
+        best = self.progress.best_step
+        return {*newest, step} if best is None else {*newest, step, best}
 
     def _check_signature(self, saved: dict[str, Any]) -> None:
         changed = [name for name, value in self.signature.items() if saved.get(name) != value]

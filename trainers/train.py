@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def train(run: Run, reporter: Reporter, stop: StopSignals) -> int:
     torch.set_num_threads(config.cpu_threads())
     set_seed(config.seed)
     dtype = resolve_dtype(config.dtype)
-    accelerator = Accelerator(mixed_precision="bf16" if dtype == "bfloat16" else "no")
+    # Several processes find each other on a CPU only when they are told that it is one.
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if dtype == "bfloat16" else "no")
     # Rounding every update to bfloat16 would lose most of it, so weights that train are held in float32.
     held_in = "float32" if method.makes == "weights" else dtype
     quant = method.quant(run.settings)
@@ -116,7 +119,7 @@ def _attach(run: Run, loaded: Loaded, accelerator: Accelerator) -> Attached:
         mean=mean,
     )
     if run.config.activation_checkpointing:
-        loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        loaded.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     attached = run.method.attach(loaded.model, run.settings, context)
     return attached
 

@@ -1,0 +1,57 @@
+"""What is planned against what a real run holds, for the parts that can be counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from core.models.load import load
+from trainers.memory import plan
+from trainers.method import TrainContext
+from trainers.registry import METHODS
+
+CONTEXT = TrainContext(learning_rate=1e-3, seed=0, activation_checkpointing=False, mean=float)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [{"name": "full"}, {"name": "lora"}, {"name": "lora", "dora": True}, {"name": "lora", "targets": ["q_proj"]}],
+    ids=str,
+)
+def test_weights_gradients_and_optimizer_are_counted_exactly(method: dict[str, Any], make_run: Any) -> None:
+    run = make_run(method)
+    planned = plan(run)
+    model, optimizer = run.method.attach(load("tiny-llama").model, run.settings, CONTEXT)
+    model(input_ids=torch.tensor([[5, 6, 7]])).logits.sum().backward()
+    optimizer.step()
+
+    def size(tensors: Any) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    state = [v for values in optimizer.state.values() for v in values.values() if torch.is_tensor(v)]
+    assert planned.weights == pytest.approx(size(model.parameters()), rel=0.01)
+    assert planned.gradients == pytest.approx(size(gradients), rel=0.01)
+    assert planned.optimizer == pytest.approx(size(state), rel=0.01)
+    assert planned.trained_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_activation_checkpointing_and_shorter_rows_take_less(make_run: Any) -> None:
+    plain = plan(make_run("full"))
+    assert plan(make_run("full", activation_checkpointing=True)).activations < plain.activations
+    halved = plan(make_run("full", max_length=64))
+    assert (2 * halved.activations, 2 * halved.logits) == (plain.activations, plain.logits)
+    assert plain.total == plain.weights + plain.gradients + plain.optimizer + plain.activations + plain.logits
+
+
+def test_a_four_bit_base_is_planned_as_one(make_run: Any) -> None:
+    plain, four = plan(make_run("lora")), plan(make_run({"name": "lora", "base": "bnb-nf4"}))
+    linear = sum(m.weight.numel() for m in load("tiny-llama").model.model.modules() if isinstance(m, torch.nn.Linear))
+    assert plain.weights - four.weights == pytest.approx(linear * (4 - 4.127 / 8), rel=0.01)
+
+
+def test_every_method_can_be_planned(make_run: Any) -> None:
+    for name in METHODS:
+        assert plan(make_run(name)).total > 0

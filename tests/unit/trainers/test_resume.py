@@ -1,0 +1,158 @@
+"""Interrupted and resumed is never interrupted, to the last bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core import checkpoint
+from core.events import read
+from trainers.errors import STOPPED, SUCCEEDED, RunError
+from trainers.registry import METHODS
+
+ROOT = Path(__file__).parents[3]
+DATA = ROOT / "configs" / "debug" / "data"
+SETTINGS: dict[str, dict[str, Any]] = {"lora": {"dropout": 0.2, "rank": 4}}
+
+
+def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _method(name: str) -> dict[str, Any]:
+    return {"name": name, **SETTINGS.get(name, {})}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_stop_anywhere_changes_nothing(name: str, train: Any, tmp_path: Path) -> None:
+    common = {
+        "batch_size": 2,
+        "accumulation": 2,
+        "eval_file": str(DATA / "harbour-held-out.jsonl"),
+        "eval_every": 5,
+        "save_every": 4,
+        "schedule": "cosine",
+        "warmup_steps": 2,
+    }
+    straight = train(_method(name), output_dir=str(tmp_path / "straight"), **common)
+    assert straight.code == SUCCEEDED
+    # A third of the checks is in the first four steps, so that stops in a step, in an evaluation, before the first
+    # checkpoint and after it all have a chance.
+    draw = random.Random(f"stop/{name}")
+    for trial in range(3):
+        output = str(tmp_path / f"stopped-{trial}")
+        stops = 0
+        while True:
+            at = draw.randrange(1, straight.checks // 2)
+            result = train(_method(name), output_dir=output, stop_at=at, **common)
+            if result.code == SUCCEEDED:
+                break
+            assert result.code == STOPPED
+            stops += 1
+        assert stops
+        assert _same(result.weights, straight.weights)
+        assert _same(result.checkpoint.tensors, straight.checkpoint.tensors)
+        assert result.checkpoint.state["progress"] == straight.checkpoint.state["progress"]
+        assert result.checkpoint.state["rng"] == straight.checkpoint.state["rng"]
+        assert (result.output / "metrics.csv").read_bytes() == (straight.output / "metrics.csv").read_bytes()
+
+
+def test_a_stop_inside_an_evaluation_repeats_the_evaluation_alone(train: Any, tmp_path: Path) -> None:
+    held_out = {"eval_file": str(DATA / "harbour-held-out.jsonl"), "eval_every": 2, "batch_size": 1, "max_steps": 2}
+    straight = train("lora", output_dir=str(tmp_path / "a"), **held_out)
+    # Checks: four before the first step, then (one a step and one a micro-batch) twice, then four.
+    stopped = train("lora", output_dir=str(tmp_path / "b"), stop_at=straight.checks - 2, **held_out)
+    assert stopped.code == STOPPED
+    assert stopped.checkpoint.state["progress"]["step"] == 2
+    assert stopped.checkpoint.state["progress"]["pending"] is not None
+    again = train("lora", output_dir=str(tmp_path / "b"), **held_out)
+    assert again.code == SUCCEEDED
+    assert again.checks == 4
+    assert again.metrics == straight.metrics
+
+
+def test_a_stop_before_the_first_step_leaves_nothing_and_starts_over(train: Any) -> None:
+    stopped = train("lora", stop_at=0)
+    assert stopped.code == STOPPED
+    assert checkpoint.latest(stopped.output / "checkpoints") is None
+    assert train("lora").code == SUCCEEDED
+
+
+def test_a_finished_run_that_is_started_again_trains_no_more(train: Any) -> None:
+    first = train("lora")
+    weights = first.weights
+    again = train("lora")
+    assert again.code == SUCCEEDED
+    assert again.checks == 0
+    assert _same(again.weights, weights)
+    assert len(again.metrics) == 12
+
+
+def test_a_damaged_checkpoint_is_passed_over(train: Any, tmp_path: Path) -> None:
+    straight = train("full", output_dir=str(tmp_path / "a"))
+    train("full", output_dir=str(tmp_path / "b"), save_every=4, stop_at=20)
+    newest = checkpoint.latest(tmp_path / "b" / "checkpoints")
+    assert newest is not None
+    data = bytearray((newest / "tensors.safetensors").read_bytes())
+    data[-1] ^= 1
+    (newest / "tensors.safetensors").write_bytes(data)
+    again = train("full", output_dir=str(tmp_path / "b"), save_every=4)
+    assert _same(again.weights, straight.weights)
+    assert again.losses == straight.losses
+
+
+def test_checkpoints_of_another_run_are_refused(train: Any) -> None:
+    train("lora", max_steps=2)
+    with pytest.raises(RunError, match="seed, train_file|train_file, seed|seed") as caught:
+        train("lora", max_steps=2, seed=1)
+    assert caught.value.param == "output_dir"
+
+
+def test_a_run_can_be_made_longer(train: Any) -> None:
+    assert len(train("lora", max_steps=2).metrics) == 2
+    longer = train("lora", max_steps=5)
+    assert [row["step"] for row in longer.metrics] == ["1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_real_signal_at_a_random_step(number: signal.Signals, train: Any, make_run: Any, tmp_path: Path) -> None:
+    settings = {"save_every": 5, "max_steps": 60, "accumulation": 2, "batch_size": 2}
+    straight = train(_method("lora"), output_dir=str(tmp_path / "straight"), **settings)
+    output = tmp_path / "killed"
+    run = make_run(_method("lora"), output_dir=str(output), **settings)
+    file = tmp_path / "run.yaml"
+    from core.config_yaml import write_yaml
+
+    file.write_text(write_yaml(run.as_dict()))
+    at = random.Random(int(number)).randrange(6, 40)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainers", str(file)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(event.get("step", 0) >= at for event in read(output / "events.jsonl")[0]):
+            process.send_signal(number)
+            break
+        time.sleep(0.002)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (STOPPED if number == signal.SIGTERM else -signal.SIGKILL), errors.decode()
+    last = checkpoint.latest(output / "checkpoints")
+    assert last is not None
+    assert checkpoint.load(last).step < 60
+    again = train(_method("lora"), output_dir=str(output), **settings)
+    assert again.code == SUCCEEDED
+    assert _same(again.weights, straight.weights)
+    assert (output / "metrics.csv").read_bytes() == (straight.output / "metrics.csv").read_bytes()
