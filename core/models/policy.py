@@ -67,6 +67,8 @@ _DIMENSIONS = frozenset(
         *("n_embd", "n_inner", "n_head"),
     }
 )
+HUB = "huggingface.co"
+_ENDPOINT = re.compile(r"(?P<scheme>https?)://(?P<host>[a-z0-9.-]+(?::[0-9]{1,5})?)/?", re.ASCII)
 _CLASS = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
@@ -164,6 +166,28 @@ def check_adapter(path: Path) -> dict[str, Any]:
     if not all(type(rank) is int and 1 <= rank <= longest for rank in ranks):
         raise PolicyError(f"the adapter's ranks {ranks!r:.80} are not those of its tensors")
     return config
+
+
+def check_endpoint(url: str) -> str:
+    """Checks where model snapshots come from: ``huggingface.co`` over https, or a host that the operator lists.
+
+    Args:
+        url: the Hub's address, as ``HF_ENDPOINT`` has it.
+
+    Returns:
+        The address, rebuilt from its parsed parts, so that what was checked is what is connected to.
+
+    Raises:
+        PolicyError: if the host is neither the Hub's nor in ``GRADHELM_HUB_HOSTS`` (names separated by commas; ``host``
+            or ``host:port``), or the address holds more than a host. Only a listed host may use plain http.
+    """
+    listed = {name.strip() for name in os.environ.get("GRADHELM_HUB_HOSTS", "").split(",") if name.strip()}
+    match = _ENDPOINT.fullmatch(url)
+    if match is None or (match["host"] not in listed and (match["host"] != HUB or match["scheme"] != "https")):
+        raise PolicyError(
+            f"{url!r:.200} is not an allowed Hub: list its host in GRADHELM_HUB_HOSTS or unset HF_ENDPOINT"
+        )
+    return f"{match['scheme']}://{match['host']}"
 
 
 def read_json(path: Path) -> dict[str, Any]:

