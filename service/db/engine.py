@@ -7,10 +7,12 @@ waits for the lock at its beginning, where nothing is lost yet, instead of faili
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, OperationalError
@@ -19,6 +21,8 @@ from sqlalchemy.orm import Session
 
 BUSY_TIMEOUT_MS = 2000
 """How long SQLite waits for another writer, milliseconds; after that the API answers 503."""
+
+_TURNS: WeakKeyDictionary[Engine, tuple[threading.Lock, float]] = WeakKeyDictionary()
 
 _BUSY = ("database is locked", "database table is locked", "database is busy")
 _FULL = ("database or disk is full", "disk i/o error", "no space left")
@@ -53,6 +57,8 @@ def connect(url: str | Path, *, busy_timeout_ms: int = BUSY_TIMEOUT_MS) -> Engin
         pool_timeout=busy_timeout_ms / 1000,
         connect_args={"check_same_thread": False},
     )
+
+    _TURNS[engine] = threading.Lock(), busy_timeout_ms / 1000
 
     @event.listens_for(engine, "connect")
     def _on_connect(connection: sqlite3.Connection, _record: Any) -> None:
@@ -104,14 +110,33 @@ def write(engine: Engine) -> Iterator[Session]:
         DatabaseBusy: locked for longer than the busy timeout, full, or away; nothing was written.
     """
     with (
+        _turn(engine),
         _translated(),
         engine.connect().execution_options(gradhelm_write=True) as connection,
+        connection.begin(),
         Session(connection, expire_on_commit=False) as session,
     ):
-        with session.begin():
-            yield session
-        if connection.in_transaction():
-            connection.commit()
+        yield session
+        session.commit()  # flushes; the connection's own transaction commits after it
+
+
+@contextmanager
+def _turn(engine: Engine) -> Iterator[None]:
+    """Let this process's writers to SQLite in one by one.
+
+    SQLite's own wait polls with growing pauses: under load a writer would lose its place to others again and again.
+    """
+    turn = _TURNS.get(engine)
+    if turn is None:
+        yield
+        return
+    lock, seconds = turn
+    if not lock.acquire(timeout=seconds):
+        raise DatabaseBusy("the database is busy; try again in a moment")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -1,0 +1,120 @@
+"""A repeated POST makes one job: with a key, and as the SDK repeats it without one."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from service.jobs.idempotency import ABANDONED_SECONDS, KEEP_SECONDS, RETRY_SECONDS
+from service.jobs.records import IdempotencyInFlight, IdempotencyMismatch
+from service.jobs.store import JobStore
+from tests.unit.service.jobs.world import Clock, new_job
+
+
+def test_same_key_same_body_is_the_same_job(store: JobStore) -> None:
+    first = store.create(new_job(), idempotency_key="k")
+    again = store.create(new_job(), idempotency_key="k")
+    assert (first.replayed, again.replayed, again.job.id) == (False, True, first.job.id)
+    assert len(store.list().data) == 1
+
+
+def test_same_key_other_body_is_refused(store: JobStore) -> None:
+    store.create(new_job(), idempotency_key="k")
+    with pytest.raises(IdempotencyMismatch, match="new key"):
+        store.create(new_job(body_hash="c" * 64), idempotency_key="k")
+
+
+def test_keys_of_two_callers_never_meet(store: JobStore) -> None:
+    first = store.create(new_job(key_id="a"), idempotency_key="k")
+    second = store.create(new_job(key_id="b"), idempotency_key="k")
+    assert first.job.id != second.job.id
+
+
+def test_a_key_is_kept_for_a_day(store: JobStore, clock: Clock) -> None:
+    first = store.create(new_job(), idempotency_key="k")
+    clock.now += KEEP_SECONDS - 1
+    store.prune_idempotency()
+    assert store.create(new_job(), idempotency_key="k").job.id == first.job.id
+    clock.now += 2
+    store.prune_idempotency()
+    assert store.create(new_job(), idempotency_key="k").job.id != first.job.id
+
+
+def test_in_flight_until_answered_or_released(store: JobStore) -> None:
+    token = store.reserve("key_1", "k", "b" * 64)
+    assert isinstance(token, str)
+    with pytest.raises(IdempotencyInFlight):
+        store.create(new_job(), idempotency_key="k")
+    with pytest.raises(IdempotencyMismatch):
+        store.reserve("key_1", "k", "c" * 64)
+    store.release("key_1", "k", "not-the-token")
+    with pytest.raises(IdempotencyInFlight):
+        store.reserve("key_1", "k", "b" * 64)
+    store.release("key_1", "k", token)
+    token = store.reserve("key_1", "k", "c" * 64)
+    assert isinstance(token, str)
+    job = store.create(new_job(body_hash="c" * 64), idempotency_key="k", reservation=token).job
+    again = store.reserve("key_1", "k", "c" * 64)
+    assert not isinstance(again, str) and again.id == job.id
+    store.release("key_1", "k", token)  # too late: the answer stays
+    assert store.create(new_job(body_hash="c" * 64), idempotency_key="k").replayed
+
+
+def test_a_reservation_of_a_request_that_died_can_be_taken(store: JobStore, clock: Clock) -> None:
+    dead = store.reserve("key_1", "k", "b" * 64)
+    assert isinstance(dead, str)
+    clock.now += ABANDONED_SECONDS + 1
+    first = store.create(new_job(), idempotency_key="k")
+    assert not first.replayed
+    late = store.create(new_job(), idempotency_key="k", reservation=dead)
+    assert late.job.id == first.job.id
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256])
+def test_keys_have_a_length(store: JobStore, key: str) -> None:
+    with pytest.raises(ValueError, match="1 to 255"):
+        store.create(new_job(), idempotency_key=key)
+
+
+def test_the_sdk_retry_finds_the_job_of_its_first_post(store: JobStore, clock: Clock) -> None:
+    first = store.create(new_job())
+    assert store.create(new_job(), retry_count=1).job.id == first.job.id
+    assert store.create(new_job(), retry_count=2).replayed
+    assert not store.create(new_job(key_id="other"), retry_count=1).replayed
+    assert not store.create(new_job(body_hash="c" * 64), retry_count=1).replayed
+    clock.now += RETRY_SECONDS + 1
+    assert not store.create(new_job(), retry_count=1).replayed
+
+
+def test_two_deliberate_posts_are_two_jobs_and_a_retry_means_the_newer(store: JobStore) -> None:
+    first, second = store.create(new_job()), store.create(new_job())
+    assert first.job.id != second.job.id
+    assert store.create(new_job(), retry_count=1).job.id == second.job.id
+
+
+def test_an_explicit_key_wins_over_the_retry_count(store: JobStore) -> None:
+    first = store.create(new_job())
+    assert store.create(new_job(), idempotency_key="k", retry_count=1).job.id != first.job.id
+
+
+def test_fifty_at_once_make_one_job(store: JobStore) -> None:
+    ids: list[str] = []
+    barrier = threading.Barrier(50)
+
+    def post() -> None:
+        barrier.wait()
+        for _ in range(100):
+            try:
+                ids.append(store.create(new_job(), idempotency_key="k").job.id)
+                return
+            except RuntimeError:  # busy
+                continue
+
+    threads = [threading.Thread(target=post) for _ in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(ids) == 50 and len(set(ids)) == 1
+    assert len(store.list().data) == 1
