@@ -38,8 +38,6 @@ class RowCache:
         device: of the keys and values; the CPU by default.
     """
 
-    is_compileable = False
-
     def __init__(self, layers: int, *, rows: int = 1, device: torch.device | None = None) -> None:
         self.lengths: list[int] = []  # tokens per row in use
         self._keys: list[Tensor | None] = [None] * layers  # each (R, H, C, D)
@@ -97,8 +95,8 @@ class RowCache:
             keys: (B, H, T, D).
             values: (B, H, T, D).
             layer_idx: which layer.
-            args: ignored; some models pass more.
-            kwargs: ignored; some models pass more.
+            *args: ignored; some models pass more.
+            **kwargs: ignored; some models pass more.
 
         Returns:
             Views (B, H, width, D) of all keys and values of the rows.

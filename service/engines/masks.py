@@ -22,8 +22,8 @@ class Masks:
     def __init__(self, config: Any, dtype: torch.dtype) -> None:
         self._per_kind = config.model_type in PER_KIND
         self._kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) | {"full_attention"}
-        self._window = getattr(config, "sliding_window", None)
-        if self._window is None:
+        self._window: int = getattr(config, "sliding_window", None) or 0  # 0: no layer has one
+        if not self._window:
             self._kinds &= {"full_attention"}
         self._hidden = torch.finfo(dtype).min
         self._dtype = dtype

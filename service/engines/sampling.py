@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import dataclass, field
 from secrets import randbits
 
 import torch
@@ -15,7 +14,6 @@ from service.engines.base import Sampling
 NUCLEUS = 512  # candidates looked at before the whole vocabulary is sorted
 
 
-@dataclass(slots=True)
 class Sampler:
     """The state of one request's choices.
 
@@ -23,13 +21,10 @@ class Sampler:
         sampling: what was asked.
     """
 
-    sampling: Sampling
-    counts: Counter[int] = field(default_factory=Counter)  # generated tokens, for the penalties
-    _random: random.Random = field(init=False)
-
-    def __post_init__(self) -> None:
-        seed = self.sampling.seed
-        self._random = random.Random(randbits(64) if seed is None else seed)
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self.counts: Counter[int] = Counter()  # generated tokens, for the penalties
+        self._random = random.Random(randbits(64) if sampling.seed is None else sampling.seed)
 
     @property
     def greedy(self) -> bool:

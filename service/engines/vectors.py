@@ -25,6 +25,12 @@ class Vectors:
     def spec(self, steering: Steering) -> RowSpec:
         """The row's spec, with its vectors read.
 
+        Args:
+            steering: what was asked.
+
+        Returns:
+            The spec; whether it fits the model is not checked here.
+
         Raises:
             EngineError: 400 if a file cannot be read or is no vector.
         """

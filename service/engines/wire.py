@@ -30,7 +30,13 @@ LIMIT = 64 << 20  # bytes of one frame
 
 
 def frame(message: dict[str, Any]) -> bytes:
-    """A message as bytes: four of length, big-endian, then JSON in ASCII.
+    """A message as bytes.
+
+    Args:
+        message: anything that JSON can say.
+
+    Returns:
+        Four bytes of length, big-endian, then JSON in ASCII.
 
     Raises:
         ValueError: if it is longer than ``LIMIT``.
@@ -42,7 +48,13 @@ def frame(message: dict[str, Any]) -> bytes:
 
 
 def length(head: bytes) -> int:
-    """The body's length from a frame's first four bytes.
+    """The body's length.
+
+    Args:
+        head: a frame's first four bytes.
+
+    Returns:
+        Bytes that follow.
 
     Raises:
         ValueError: if it is more than ``LIMIT``.
