@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -48,26 +48,23 @@ class FileReport:
     """chat or completion."""
 
 
-def check_file(
-    path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length: int, min_rows: int = 1
+def check_tokens(
+    path: Path, scan: source.Scan, tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> tuple[FileReport, source.Scan]:
-    """Judge one file by its text and, where that is in order, by its tokens.
+    """Judge by its tokens a file whose text is in order.
 
     Args:
         path: a JSONL file.
+        scan: what scanning it found; its warnings are kept.
         tokenizer: the model's.
         max_length: most tokens of a row.
-        min_rows: least number of rows.
 
     Returns:
         Counts, and the problems and warnings with their lines.
     """
     from core.data.chat import encode
 
-    scan = source.scan(path, max_problems=MAX_PROBLEMS, min_rows=min_rows)
     report = FileReport(rows=scan.rows, kind=scan.kind)
-    if not scan.ok:
-        return report, scan
     problems, warnings = [], list(scan.warnings)
     problem_count, warning_count = 0, scan.warning_count
     for row in source.rows(path):
@@ -99,7 +96,7 @@ def check_file(
 
 
 def validate(model: str, train: Path, eval_file: Path | None, *, max_length: int, min_rows: int = 1) -> dict[str, Any]:
-    """Judge a job's files.
+    """Judge a job's files: first all their text, which takes no model, then their tokens.
 
     Args:
         model: reference of the base model; its tokenizer must be on this machine or loadable.
@@ -110,46 +107,42 @@ def validate(model: str, train: Path, eval_file: Path | None, *, max_length: int
 
     Returns:
         What validation.json holds: `ok`; `param`, `code` and `message` of the first fault (else null); the
-        training file's counts (`rows`, `tokens`, `trained_tokens`, `longest_row`, `truncated`...); `eval` with those
-        of the validation file (else null); `problems` and `warnings` as {file, line, code, message}, at most 100
-        each, and `problem_count`, `warning_count`.
+        training file's counts (`rows`, `tokens`, `trained_tokens`, `longest_row`, `truncated`...; tokens are counted
+        only where all text is in order); `eval` with those of the validation file (else null); `problems` and
+        `warnings` as {file, line, code, message}, at most 100 each, and `problem_count`, `warning_count`.
     """
-    result: dict[str, Any] = {
-        "ok": True,
-        "param": None,
-        "code": None,
-        "message": None,
-        "model": model,
-        "max_length": max_length,
-        **asdict(FileReport()),
-        "eval": None,
-        "problems": [],
-        "warnings": [],
-        "problem_count": 0,
-        "warning_count": 0,
-    }
-    from core.models.load import load_tokenizer
-
-    try:
-        tokenizer = load_tokenizer(model)
-    except ValueError as error:
-        fault = {"file": None, "line": None, "code": "model_not_usable", "message": str(error)}
-        return result | {"ok": False, "problems": [fault], "problem_count": 1} | _fault("model", fault)
     files = [("training_file", train, min_rows)] + ([("validation_file", eval_file, 1)] if eval_file else [])
-    for param, path, least in files:
-        report, scan = check_file(path, tokenizer, max_length=max_length, min_rows=least)
-        if param == "training_file":
-            result |= asdict(report)
-        else:
-            result["eval"] = asdict(report)
-        named = [{"file": param, **asdict(problem)} for problem in scan.problems]
-        if named and result["ok"]:
-            result |= {"ok": False} | _fault(param, named[0])
-        result["problems"] = (result["problems"] + named)[:MAX_PROBLEMS]
-        result["warnings"] += [{"file": param, **asdict(warning)} for warning in scan.warnings]
-        del result["warnings"][MAX_PROBLEMS:]
-        result["problem_count"] += scan.problem_count
-        result["warning_count"] += scan.warning_count
+    scans = {param: source.scan(path, max_problems=MAX_PROBLEMS, min_rows=least) for param, path, least in files}
+    found = {param: (FileReport(rows=scan.rows, kind=scan.kind), scan) for param, scan in scans.items()}
+    result: dict[str, Any] = {"ok": True, "param": None, "code": None, "message": None}
+    result |= {"model": model, "max_length": max_length}
+    if all(scan.ok for scan in scans.values()):
+        from core.models.load import load_tokenizer
+
+        try:
+            tokenizer = load_tokenizer(model)
+        except ValueError as error:
+            fault = {"file": None, "line": None, "code": "model_not_usable", "message": str(error)}
+            return (
+                _verdict(result, found)
+                | {"ok": False, "problems": [fault], "problem_count": 1}
+                | _fault("model", fault)
+            )
+        for param, path, _ in files:
+            found[param] = check_tokens(path, scans[param], tokenizer, max_length=max_length)
+    return _verdict(result, found)
+
+
+def _verdict(result: dict[str, Any], found: Mapping[str, tuple[FileReport, source.Scan]]) -> dict[str, Any]:
+    problems = [{"file": param, **asdict(item)} for param, (_, scan) in found.items() for item in scan.problems]
+    warnings = [{"file": param, **asdict(item)} for param, (_, scan) in found.items() for item in scan.warnings]
+    result |= asdict(found["training_file"][0])
+    result["eval"] = asdict(found["validation_file"][0]) if "validation_file" in found else None
+    result |= {"problems": problems[:MAX_PROBLEMS], "warnings": warnings[:MAX_PROBLEMS]}
+    result["problem_count"] = sum(scan.problem_count for _, scan in found.values())
+    result["warning_count"] = sum(scan.warning_count for _, scan in found.values())
+    if problems:
+        result |= {"ok": False} | _fault(problems[0]["file"], problems[0])
     return result
 
 

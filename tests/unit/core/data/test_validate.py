@@ -83,12 +83,14 @@ def test_faults_of_the_text_come_with_line_and_code(tmp_path: Path) -> None:
 
 
 def test_the_validation_file_is_the_parameter_when_only_it_is_bad(tmp_path: Path) -> None:
-    good, bad = write(tmp_path / "t.jsonl", ROW), write(tmp_path / "e.jsonl", BAD, LONG)
+    good, bad = write(tmp_path / "t.jsonl", ROW), write(tmp_path / "e.jsonl", BAD, ROW)
     got = judge(good, bad)
     assert (got["ok"], got["param"], got["code"]) == (False, "validation_file", "example_missing_assistant_message")
     assert got["rows"] == 1 and got["eval"]["rows"] == 1
     both = judge(bad, bad)
     assert both["param"] == "training_file" and both["problem_count"] == 2
+    cut = judge(good, write(tmp_path / "e.jsonl", LONG))
+    assert (cut["param"], cut["code"]) == ("validation_file", "all_tokens_truncated")
     assert {problem["file"] for problem in both["problems"]} == {"training_file", "validation_file"}
 
 
@@ -99,10 +101,12 @@ def test_an_empty_file_has_no_line(tmp_path: Path) -> None:
 
 
 def test_at_most_a_hundred_are_named_and_all_are_counted(tmp_path: Path) -> None:
-    got = judge(write(tmp_path / "t.jsonl", *[LONG] * 130, *[CUT] * 110), write(tmp_path / "e.jsonl", *[BAD] * 50))
+    got = judge(write(tmp_path / "t.jsonl", *[LONG] * 130, *[CUT] * 110), write(tmp_path / "e.jsonl", *[LONG] * 50))
     assert len(got["problems"]) == 100 and got["problem_count"] == 180
     assert len(got["warnings"]) == 100 and got["warning_count"] == 110
     assert got["truncated"] == 240
+    got = judge(write(tmp_path / "t.jsonl", *[BAD] * 130), write(tmp_path / "e.jsonl", *[BAD] * 50))
+    assert len(got["problems"]) == 100 and got["problem_count"] == 180
 
 
 def test_a_least_number_of_rows_may_be_asked_for(tmp_path: Path) -> None:
@@ -144,16 +148,28 @@ def test_wrong_usage_is_no_verdict(tmp_path: Path, more: list[str], capsys: pyte
     assert not (tmp_path / "out").exists()
 
 
-def test_as_a_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "core.data.validate"]
-    train = write(tmp_path / "t.jsonl", ROW, BAD)
-    done = subprocess.run([*command, *arguments(tmp_path, train)], check=False, capture_output=True, env=os.environ)
-    assert done.returncode == 2, done.stderr
-    assert json.loads((tmp_path / "out" / "validation.json").read_text())["problem_count"] == 1
-    gone = subprocess.run(
-        [*command, *arguments(tmp_path, tmp_path / "gone.jsonl")], check=False, capture_output=True, env=os.environ
+def test_as_a_process_bad_text_is_judged_without_loading_a_model(tmp_path: Path) -> None:
+    code = (
+        "import sys; from core.data.validate import main; code = main(sys.argv[1:])\n"
+        "sys.exit(code if not {'torch', 'transformers'} & sys.modules.keys() else 99)"
     )
+    train = write(tmp_path / "t.jsonl", ROW, BAD)
+    done = subprocess.run([sys.executable, "-c", code, *arguments(tmp_path, train)], check=False, env=os.environ)
+    assert done.returncode == 2
+    assert json.loads((tmp_path / "out" / "validation.json").read_text())["problem_count"] == 1
+
+
+def test_as_a_process_our_own_fault_is_no_verdict(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "core.data.validate", *arguments(tmp_path, tmp_path / "gone.jsonl")]
+    gone = subprocess.run(command, check=False, capture_output=True, env=os.environ)
     assert gone.returncode == 1 and b"FileNotFoundError" in gone.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow  # imports torch in a process of its own: several seconds, and the exit codes are tested above
+def test_as_a_process_good_files_pass(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "core.data.validate", *arguments(tmp_path, write(tmp_path / "t.jsonl", ROW))]
+    assert subprocess.run(command, check=False, env=os.environ).returncode == 0
 
 
 def test_a_verdict_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
