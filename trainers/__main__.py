@@ -65,9 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(run: Run, reporter: Reporter, stop: StopSignals) -> int:
+    if stop.requested:
+        return STOPPED
     from trainers.train import train
 
-    return STOPPED if stop.requested else train(run, reporter, stop)
+    return train(run, reporter, stop)
 
 
 def _dry_run(run: Run) -> int:

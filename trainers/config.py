@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from core.config import ConfigError, Resolved, dump, resolve
+from core.config_docs import fields_doc
 from core.config_yaml import read_yaml
 from trainers.method import Method, MethodConfig
 from trainers.registry import get_method
@@ -119,6 +120,9 @@ class RunConfig:
             found.append("eval_every has no effect without eval_file")
         if self.early_stopping_patience is None and self.early_stopping_delta:
             found.append("early_stopping_delta has no effect without early_stopping_patience")
+        for loser, winner in (("epochs", "max_steps"), ("warmup_ratio", "warmup_steps")):
+            if getattr(self, winner) is not None and getattr(self, loser) != fields_doc(RunConfig)[loser].default:
+                found.append(f"{loser} has no effect beside {winner}")
         if self.max_steps is not None and self.warmup_steps is not None and self.warmup_steps >= self.max_steps:
             found.append(f"warmup_steps {self.warmup_steps} covers the whole run: the schedule after it has no effect")
         if self.pack and self.bucket:

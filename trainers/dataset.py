@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from core.data.chat import encode
 from core.data.example import Example
-from core.data.source import rows
+from core.data.source import DataError, rows
 from trainers.errors import RunError
 
 if TYPE_CHECKING:
@@ -25,12 +25,17 @@ def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length:
         param: Setting that named the file, for error messages.
 
     Raises:
-        RunError: The file is missing or empty, or a row trains no token within ``max_length``.
-        ValueError: A row is malformed; the message names its line.
+        RunError: The file is missing or empty, a row is malformed (the message names its line), or one trains no token
+            within ``max_length``.
     """
     if not path.is_file():
         raise RunError(f"{param}: there is no file {path}", code="file_not_found", param=param)
-    examples = [encode(row, tokenizer, max_length=max_length) for row in rows(path)]
+    try:
+        examples = [encode(row, tokenizer, max_length=max_length) for row in rows(path)]
+    except DataError as error:
+        raise RunError(f"{param}: {error}", code=error.problems[0].code, param=param) from error
+    except ValueError as error:
+        raise RunError(f"{param}: {error}", code="invalid_row", param=param) from error
     if not examples:
         raise RunError(f"{param}: {path} holds no rows", code="file_empty", param=param)
     silent = [example.line for example in examples if not example.trained]

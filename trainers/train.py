@@ -98,12 +98,14 @@ def train(run: Run, reporter: Reporter, stop: StopSignals) -> int:
         loop.rehearse()
     if not loop.run():
         reporter.message("info", f"stopped at step {loop.progress.step}; the same command goes on from there")
+        accelerator.end_training()
         return STOPPED
     if config.export == "best" or (config.export == "auto" and config.early_stopping_patience is not None):
         loop.restore_best()
     if accelerator.is_main_process:
         _export(run, attached.model, loaded, reporter, card, probe_ids, held_in)
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     return SUCCEEDED
 
 
@@ -120,8 +122,7 @@ def _attach(run: Run, loaded: Loaded, accelerator: Accelerator) -> Attached:
     )
     if run.config.activation_checkpointing:
         loaded.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    attached = run.method.attach(loaded.model, run.settings, context)
-    return attached
+    return run.method.attach(loaded.model, run.settings, context)
 
 
 def _export(

@@ -100,8 +100,12 @@ def train(make_run: Callable[..., Run]) -> Callable[..., Result]:
     """Trains in this process; ``stop_at`` is the number of the check that finds a stop signal."""
 
     def go(method: dict[str, Any] | str, *, stop_at: int | None = None, **settings: Any) -> Result:
+        from accelerate.state import AcceleratorState
+
         from trainers.train import train as run_it
 
+        # Accelerate keeps one state a process, and refuses another precision in it.
+        AcceleratorState._reset_state(reset_partial_state=True)
         run = make_run(method, **settings)
         output = Path(run.config.output_dir)
         output.mkdir(parents=True, exist_ok=True)

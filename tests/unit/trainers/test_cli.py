@@ -19,7 +19,7 @@ from trainers.registry import METHODS
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
-RUNS = [path for path in CONFIGS if path.parent.name != "accelerate"]
+RUNS = [path for path in CONFIGS if path.parent.name not in ("accelerate", "steering")]
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ def _by_hand(*, steps: int, rate: float, decay: float, clip: float, dtype: torch
     """Row by row, logits of every position, the AdamW update spelled out; nothing of the loop is used."""
     loaded = load("tiny-llama")
     model = loaded.model.to(dtype)
-    names = {name: parameter for name, parameter in model.named_parameters()}
+    names = dict(model.named_parameters())
     rows = read_examples(DATA, loaded.tokenizer, max_length=128, param="train_file")
     stream = Stream(rows, batch_size=8, seed=0)
     mean = {name: torch.zeros_like(p) for name, p in names.items()}

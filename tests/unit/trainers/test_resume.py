@@ -112,7 +112,7 @@ def test_a_damaged_checkpoint_is_passed_over(train: Any, tmp_path: Path) -> None
 
 def test_checkpoints_of_another_run_are_refused(train: Any) -> None:
     train("lora", max_steps=2)
-    with pytest.raises(RunError, match="seed, train_file|train_file, seed|seed") as caught:
+    with pytest.raises(RunError, match="run with other seed;") as caught:
         train("lora", max_steps=2, seed=1)
     assert caught.value.param == "output_dir"
 
