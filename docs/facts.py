@@ -137,6 +137,9 @@ class _Idle:
     def stop(self) -> None:
         """Nothing."""
 
+    def wake(self) -> None:
+        """Nothing."""
+
 
 def routes() -> Iterator[Route]:
     """Every route of the app, with the scope that its key needs."""

@@ -36,3 +36,8 @@ def main() -> None:
     except CliError as error:
         err().print(Text.assemble(("error: ", "bold red"), error.message))
         sys.exit(error.exit_code)
+    except OSError as error:
+        # A full disk, a folder without permission: the machine said no.
+        where = f"{error.filename}: " if error.filename else ""
+        err().print(Text.assemble(("error: ", "bold red"), f"{where}{error.strerror or error}"))
+        sys.exit(1)

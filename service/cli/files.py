@@ -11,6 +11,7 @@ import typer
 from service.cli.client import Client, segment
 from service.cli.options import DEFAULT_URL, After, AsJson, Key, Limit, Url
 from service.cli.output import emit, fields, note, table
+from service.cli.saving import save_new
 
 app = typer.Typer(help="Upload and look after data files.", no_args_is_help=True)
 
@@ -95,9 +96,8 @@ def content(
         if output is None and not as_json:
             client.save(route, sys.stdout.buffer)
             return
-        target = output or Path(file_id).name
-        with Path(target).open("xb") as sink:
-            written = client.save(route, sink)
+        target = output or Path(Path(file_id).name)
+        written = save_new(client, route, target)
     if as_json:
         emit({"id": file_id, "path": str(target), "bytes": written})
     else:

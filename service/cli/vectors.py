@@ -16,6 +16,7 @@ from service.cli.files import file_id
 from service.cli.jobs import hyperparameters
 from service.cli.options import DEFAULT_URL, After, AsJson, Key, Limit, Url
 from service.cli.output import emit, fields, note, table
+from service.cli.saving import save_new
 
 app = typer.Typer(help="Fit steering vectors and look after them.", no_args_is_help=True)
 
@@ -53,7 +54,7 @@ def fit(
     as_json: AsJson = False,
 ) -> None:
     """Fit a vector as a job and print its id."""
-    optional: dict[str, Any] = {"name": name, "hyperparameters": hyperparameters(settings)}
+    optional: dict[str, Any] = {"name": name, **hyperparameters(settings)}
     if layers is not None:
         try:
             optional["layers"] = parse_layers(layers)
@@ -61,7 +62,7 @@ def fit(
             raise UsageProblem(f"--layers: {error}.") from error
     with Client(url, key) as client:
         body: dict[str, Any] = {"model": model, "training_file": file_id(client, data, "steering"), "method": method}
-        body.update({field: value for field, value in optional.items() if value})
+        body.update({field: value for field, value in optional.items() if value is not None})
         answer = client.post(ROUTE, body, headers={"Idempotency-Key": str(uuid.uuid4())})
         if follow:
             view = following.JsonView() if as_json else following.make_view()
@@ -125,18 +126,8 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Download a vector as one safetensors file."""
-    partial = path.with_name(f".{path.name}.part")
     with Client(url, key) as client:
-        try:
-            if path.exists():
-                raise UsageProblem(f"{path} exists already: choose another name.")
-            with partial.open("wb") as sink:
-                written = client.save(f"{ROUTE}/{segment(vector_id)}/content", sink)
-            partial.rename(path)
-        except OSError as error:
-            raise UsageProblem(f"Cannot write {path}: {error.strerror or error}.") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        written = save_new(client, f"{ROUTE}/{segment(vector_id)}/content", path)
     if as_json:
         emit({"id": vector_id, "path": str(path), "bytes": written})
     else:
