@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from core.models.lock import appearing, locked, once
+from core.models.lock import appearing, once
 
 ROOT = Path(__file__).parents[4]
 
