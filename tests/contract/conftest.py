@@ -7,6 +7,7 @@ real engine and the real trainer on the tiny model. The tests are the same.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import structlog
 from openai import OpenAI
 
 from service.app import create_app
@@ -26,6 +28,7 @@ from service.settings import JobSettings, LimitSettings, Settings
 
 STANDIN = Path(__file__).parent.parent / "chaos" / "standin.py"
 BASE = "tiny-llama"
+structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
 SETTLED = ("succeeded", "failed", "cancelled", "paused")
 
 

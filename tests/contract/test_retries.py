@@ -54,17 +54,16 @@ def test_one_key_and_body_make_one_job_however_often(served: Served) -> None:
     body = {"model": BASE, "training_file": data, "metadata": {"marker": "key"}}
     headers = {"Authorization": f"Bearer {served.key}", "Idempotency-Key": "once-and-only-once"}
 
-    def post(_: int) -> httpx.Response:
-        return httpx.post(f"{served.url}/v1/fine_tuning/jobs", json=body, headers=headers, timeout=60)
-
-    with ThreadPoolExecutor(10) as pool:
-        answers = list(pool.map(post, range(50)))
+    route = f"{served.url}/v1/fine_tuning/jobs"
+    with httpx.Client(headers=headers, timeout=60) as client, ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(lambda _: client.post(route, json=body), range(50)))
+        again = client.post(route, json=body)
+        other = client.post(route, json={**body, "seed": 1})
     good = {answer.json()["id"] for answer in answers if answer.status_code == 200}
     assert len(good) == 1 and created(served, "key") == list(good)
     assert {answer.status_code for answer in answers} <= {200, 409}
     assert all(answer.headers["Retry-After"] for answer in answers if answer.status_code == 409)
-    assert post(0).json()["id"] in good
-    other = httpx.post(f"{served.url}/v1/fine_tuning/jobs", json={**body, "seed": 1}, headers=headers, timeout=60)
+    assert again.json()["id"] in good, "a replay long after"
     assert other.status_code == 422 and other.json()["error"]["code"] == "idempotency_key_reused"
 
 
