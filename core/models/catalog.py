@@ -71,7 +71,14 @@ CATALOG: Mapping[str, Entry] = MappingProxyType({entry.name: entry for entry in 
 
 
 def directory_of(name: str, home: Path | None = None) -> Path:
-    """Where the model ``name`` lies once it is pulled.
+    """Where a catalog model lies once it is pulled.
+
+    Args:
+        name: a name in :data:`CATALOG`.
+        home: the data folder; Gradhelm's own by default.
+
+    Returns:
+        The directory, whether or not it is there yet.
 
     Raises:
         ValueError: if the catalog has no such model; the message lists what it has.

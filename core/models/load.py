@@ -101,6 +101,12 @@ def load(
 def load_tokenizer(ref: ModelRef | str) -> PreTrainedTokenizerBase:
     """Loads only the tokenizer of a model, pulling the model first if need be.
 
+    Args:
+        ref: the model.
+
+    Returns:
+        Its tokenizer, with a chat template if the model has one.
+
     Raises:
         ValueError: if the reference or the directory is refused.
     """

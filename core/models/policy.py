@@ -193,6 +193,12 @@ def check_endpoint(url: str) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object of bounded size and depth.
 
+    Args:
+        path: the file.
+
+    Returns:
+        What it holds.
+
     Raises:
         PolicyError: if it is larger than 4 MiB, not JSON, not an object, or nested too deeply.
     """

@@ -43,7 +43,13 @@ FAMILIES: dict[str, Family] = {
 
 
 def family(model: nn.Module) -> Family:
-    """The family of a model or of a PEFT model around it.
+    """The family of a model.
+
+    Args:
+        model: a causal language model or a PEFT model around one.
+
+    Returns:
+        Where the family keeps its parts.
 
     Raises:
         ValueError: if the family is unknown; the message lists the known ones.
