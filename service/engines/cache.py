@@ -127,14 +127,21 @@ class RowCache:
         self.lengths.append(length)
 
     @torch.inference_mode()
-    def drop(self, row: int) -> None:
-        """Remove a row; the last row takes its place. Without rows, the buffers are let go."""
+    def drop(self, row: int, *, wipe: bool = False) -> None:
+        """Remove a row; the last row takes its place. Without rows, the buffers are let go.
+
+        Args:
+            row: which.
+            wipe: also overwrite what it held: a later row in its place must not meet its NaNs, masked or not.
+        """
         last = len(self.lengths) - 1
+        length = self.lengths[last] if row != last else 0
+        for buffer in (*self._keys, *self._values):
+            assert buffer is not None
+            buffer[row, :, :length] = buffer[last, :, :length]
+            if wipe:
+                buffer[row, :, length:] = 0
         if row != last:
-            length = self.lengths[last]
-            for buffer in (*self._keys, *self._values):
-                assert buffer is not None
-                buffer[row, :, :length] = buffer[last, :, :length]
             self.lengths[row] = length
         self.lengths.pop()
         if not self.lengths:

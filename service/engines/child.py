@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from service.engines.options import EngineOptions
 
 Inbox = asyncio.Queue[Chunk | EngineError]
 
+LOG_BYTES = 4 << 20  # a log larger than this is put aside at the next start
 TAIL = 2000  # bytes of the log that an error at start quotes from
 
 
@@ -38,6 +41,7 @@ class Child:
         self.stats: dict[str, Any] = {}
         self.ready: dict[str, Any] = {}
         self.inboxes: dict[str, Inbox] = {}
+        self._numbers = itertools.count(1)
         self._reader = reader
         self._writer = writer
         self._task: asyncio.Task[None] | None = None
@@ -98,16 +102,25 @@ class Child:
         child._task = asyncio.create_task(child._listen())
         return child
 
-    def submit(self, request: Request) -> Inbox:
-        """Send a request; its chunks and at most one error come into the inbox."""
-        inbox = self.inboxes[request.id] = asyncio.Queue()
-        self._send({"op": "generate", "request": wire.request_to_json(request)})
-        return inbox
+    def submit(self, request: Request) -> tuple[str, Inbox]:
+        """Send a request.
 
-    def forget(self, request_id: str, *, cancel: bool) -> None:
+        Args:
+            request: its id need not be its own alone.
+
+        Returns:
+            A name for ``forget``, and the inbox into which its chunks and at most one error come.
+        """
+        name = f"{request.id}#{next(self._numbers)}"
+        inbox: Inbox = asyncio.Queue()
+        self.inboxes[name] = inbox
+        self._send({"op": "generate", "request": wire.request_to_json(replace(request, id=name))})
+        return name, inbox
+
+    def forget(self, name: str, *, cancel: bool) -> None:
         """Close an inbox; ``cancel`` tells the process, which frees the row before its next step."""
-        if self.inboxes.pop(request_id, None) is not None and cancel and not self.dead:
-            self._send({"op": "cancel", "id": request_id})
+        if self.inboxes.pop(name, None) is not None and cancel and not self.dead:
+            self._send({"op": "cancel", "id": name})
 
     async def end(self, *, grace: float = 5.0) -> None:
         """Hang up, wait ``grace`` seconds, then kill; what is in flight fails with 503."""
@@ -181,7 +194,10 @@ def _log_path(base: str, merge: str | None, options: EngineOptions) -> Path | No
         return None
     options.log_directory.mkdir(parents=True, exist_ok=True)
     name = Path(base).name + (f"+{Path(merge).parent.name}" if merge else "")
-    return options.log_directory / f"engine-{name}.log"
+    path = options.log_directory / f"engine-{name}.log"
+    if path.exists() and path.stat().st_size > LOG_BYTES:
+        path.replace(path.with_suffix(".log.1"))
+    return path
 
 
 def _quote(log: Path | None) -> str:

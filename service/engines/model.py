@@ -110,6 +110,16 @@ class TransformersModel:
         Raises:
             ValueError: if they differ: the family needs masks or a cache that this engine does not know.
         """
+        kind = self._model.config.model_type
+        try:
+            worst = self._difference()
+        except (AttributeError, TypeError, RuntimeError, KeyError) as error:
+            raise ValueError(f"this engine cannot run {kind!r} models: {error}") from error
+        if not worst < (1e-3 if self._model.dtype == torch.float32 else 0.1):
+            raise ValueError(f"this engine cannot run {kind!r} models: its logits are {worst:.1g} off the model's own")
+
+    def _difference(self) -> float:
+        """Largest difference between the two paths' logits, relative to the largest logit."""
         probe = [i % self.vocabulary for i in range(5, 12)]
         ids = torch.tensor([probe], device=self._device)
         plain = self._model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float().cpu()
@@ -117,10 +127,7 @@ class TransformersModel:
         self.logits([probe[:2], probe[:4]], cache, [Row(), Row()])
         ours = self.logits([probe[2:], probe[4:]], cache, [Row(), Row()])
         scale = float(plain.abs().max()) or 1.0
-        worst = float((ours - plain).abs().max()) / scale
-        if not worst < (1e-3 if self._model.dtype == torch.float32 else 0.1):
-            kind = self._model.config.model_type
-            raise ValueError(f"this engine cannot run {kind!r} models: its logits are {worst:.1g} off the model's own")
+        return float((ours - plain).abs().max()) / scale
 
 
 def _pad(tokens: Sequence[Sequence[int]], lengths: Sequence[int], steps: int) -> tuple[Tensor, Tensor, Tensor]:

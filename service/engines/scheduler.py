@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from service.engines.base import Chunk, EngineBusy, EngineError, EngineUnavailable, Request
+from service.engines.base import BadRequest, Chunk, EngineBusy, EngineError, EngineUnavailable, Request
 from service.engines.cache import BLOCK, RowCache
 from service.engines.detokenise import Texts
 from service.engines.model import Row, TransformersModel
@@ -197,11 +197,11 @@ class Scheduler:
             return []
         self._prefill = None
         events = self._choose(logits, sequences)
-        if not self.running and not any(s.finish or s.cancelled for s in sequences):
+        if not self.running and not any(s.over or s.cancelled for s in sequences):
             self._cache, self.running = prefill.cache, list(sequences)
             return events
         for row, sequence in enumerate(sequences):
-            if sequence.finish or sequence.cancelled:
+            if sequence.over or sequence.cancelled:
                 self._let_go(sequence)
             else:
                 self._cache.take(prefill.cache, row)
@@ -213,7 +213,7 @@ class Scheduler:
         logits = self.model.logits(tokens, self._cache, [Row(s.adapter, s.steering) for s in self.running])
         events = self._choose(logits, self.running)
         for row in reversed(range(len(self.running))):
-            if self.running[row].finish:
+            if self.running[row].over:
                 self._leave(row)
         return events
 
@@ -221,7 +221,12 @@ class Scheduler:
         tokens = choose(logits, [s.sampler for s in sequences])
         numbers = logprobs(logits, tokens, [s.request.sampling.logprobs for s in sequences])
         events: list[Event] = []
-        for sequence, token, number in zip(sequences, tokens, numbers, strict=True):
+        broken = _not_numbers(logits)
+        for row, (sequence, token, number) in enumerate(zip(sequences, tokens, numbers, strict=True)):
+            if row in broken:
+                sequence.broken = True
+                events.append((sequence.id, _broken(sequence)))
+                continue
             chunk = sequence.push(token, number)
             if chunk is not None and not sequence.cancelled:
                 events.append((sequence.id, chunk))
@@ -247,7 +252,7 @@ class Scheduler:
     def _leave(self, row: int) -> None:
         """Take a row out of the batch; the last row takes its place, here as in the cache."""
         self._let_go(self.running[row])
-        self._cache.drop(row)
+        self._cache.drop(row, wipe=self.running[row].broken)
         last = self.running.pop()
         if row < len(self.running):
             self.running[row] = last
@@ -256,3 +261,17 @@ class Scheduler:
         if sequence.adapter is not None:
             self.model.adapters.release(sequence.adapter)
             sequence.adapter = None
+
+
+def _not_numbers(logits: Tensor) -> set[int]:
+    """Rows that hold NaN; one sum says that there is none."""
+    if not bool(logits.sum().isnan()):
+        return set()
+    return set(torch.nonzero(logits.isnan().any(-1)).flatten().tolist())
+
+
+def _broken(sequence: Sequence) -> EngineError:
+    if sequence.steering is not None:
+        message = "The steering is so strong that the model's numbers overflow: lower the strength."
+        return BadRequest("steering_too_strong", message, param="steering")
+    return EngineUnavailable("The model's numbers overflow on this prompt.")

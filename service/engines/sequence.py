@@ -53,6 +53,7 @@ class Sequence:
         self.output: list[int] = []
         self.finish: FinishReason | None = None
         self.cancelled = False
+        self.broken = False  # its numbers are no numbers any more
         self._texts = texts
         self._eos = eos
         self._pieces = texts.stream()
@@ -62,6 +63,11 @@ class Sequence:
     def id(self) -> str:
         """The request's id."""
         return self.request.id
+
+    @property
+    def over(self) -> bool:
+        """Whether it generates nothing more."""
+        return self.finish is not None or self.broken
 
     @property
     def need(self) -> int:

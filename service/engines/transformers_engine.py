@@ -63,7 +63,7 @@ class TransformersEngine:
         began = self.last_used = time.monotonic()
         try:
             child = await self._ready()
-            inbox = child.submit(request)
+            name, inbox = child.submit(request)
             finished = False
             try:
                 while not finished:
@@ -74,7 +74,7 @@ class TransformersEngine:
                     finished = what.finish_reason is not None
                     yield what
             finally:
-                child.forget(request.id, cancel=not finished)
+                child.forget(name, cancel=not finished)
             self._seconds += 0.1 * (time.monotonic() - began - self._seconds)
         finally:
             self.in_flight -= 1

@@ -14,6 +14,7 @@ import torch
 from service.engines.base import EngineError, Message, Sampling, Steering, SteeringTerm
 from service.engines.cache import BLOCK
 from service.engines.scheduler import Scheduler
+from steering.vector import SteeringVector
 from tests.unit.service.engines.conftest import Kit, make_vector, run
 
 LONG = Sampling(temperature=0, max_tokens=400)
@@ -176,6 +177,23 @@ def test_a_forward_that_fails_ends_its_requests_and_no_others(
         scheduler.step()
     assert not any(llama.model.adapters._users.values())
     assert run(scheduler, [llama.request("later", "hello")])["later"].error is None
+
+
+def test_steering_that_overflows_ends_only_its_row_and_poisons_no_later_one(llama: Kit, tmp_path: Path) -> None:
+    vector = SteeringVector.load(Path(llama.vector))
+    largest = max(float(d.abs().max()) for d in vector.directions.values())
+    strong = Steering((SteeringTerm(llama.vector, 3.4e38 / largest, positions="generated"),))
+    sampling = Sampling(temperature=0, max_tokens=30, logprobs=0)
+    keep = llama.request("keep", "where is my parcel", sampling=sampling)
+    later = llama.request("later", "one", sampling=sampling)
+    alone = {name: run(llama.scheduler(), [r])[name] for name, r in (("keep", keep), ("later", later))}
+    broken = llama.request("broken", "the order is late " * 20, sampling=sampling, steering=strong)
+    together = run(llama.scheduler(), [keep, broken, later], at=[0, 1, 6])
+    error = together["broken"].error
+    assert error is not None and (error.status, error.code) == (400, "steering_too_strong")
+    for name in ("keep", "later"):
+        assert together[name].text == alone[name].text
+        assert together[name].logprobs == pytest.approx(alone[name].logprobs, abs=1e-4)
 
 
 def test_adapters_make_room_for_each_other_and_wait_while_all_are_in_use(
