@@ -21,8 +21,8 @@ MIGRATIONS = Path(connect.__code__.co_filename).parent / "migrations"
 REVISIONS = [script.revision for script in ScriptDirectory(str(MIGRATIONS)).walk_revisions()][::-1]
 ROW = {
     "id": "ftjob-1", "kind": "fine_tuning", "status": "validating_files", "created_at": 1, "key_id": "k",
-    "body_hash": "b", "model": "m", "method": "lora", "request": {"a": 1}, "resolved": {}, "seed": 1, "training_file": "f",
-    "result_files": [], "metadata_": {"team": "x"},
+    "body_hash": "b", "model": "m", "method": "lora", "request": {"a": 1}, "resolved": {}, "seed": 1,
+    "training_file": "f", "result_files": [], "metadata_": {"team": "x"},
 }  # fmt: skip
 
 
@@ -124,7 +124,9 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         os.chown(folder, 65534, 65534)
     data, socket = folder / "data", folder
     env = {"PATH": os.environ["PATH"], "LC_ALL": "C"}
-    made = subprocess.run([*user, initdb, "-D", data, "-U", "g", "-A", "trust", "-N"], capture_output=True, env=env)
+    made = subprocess.run(
+        [*user, initdb, "-D", data, "-U", "g", "-A", "trust", "-N", "-E", "UTF8"], capture_output=True, env=env
+    )
     if made.returncode:
         pytest.skip(f"initdb: {made.stderr.decode()[-300:]}")
     argv = [*user, server, "-D", data, "-k", socket, "-c", "listen_addresses=", "-c", "fsync=off"]
