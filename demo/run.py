@@ -22,7 +22,7 @@ from demo.server import Server, processes_of, running
 MODEL = "smollm2-135m-instruct"
 HOME = Path(os.environ.get("GRADHELM_DEMO_HOME", ".gradhelm")).resolve()
 SEED = 0
-EPOCHS = 3
+EPOCHS = 4
 TARGET = 0.8
 
 
@@ -41,13 +41,14 @@ def main() -> int:
         shots = tickets.exact_match(client, MODEL, shots=True)
         say(f"   3-shot prompt   {shots:6.1%}")
         job = start_job(client)
-        follow(client, job.id, until_step=5)
+        seen: set[str] = set()
+        follow(client, job.id, seen, until_step=5)
         say("   ... the server is killed (SIGKILL); the training goes on without it")
         server.kill()
     with running(HOME) as server:
         client = connect(server)
         say(f"   ... a new server at {server.url} has adopted the job")
-        follow(client, job.id)
+        follow(client, job.id, seen)
         tuned_model = finished(client, job.id)
         tuned = tickets.exact_match(client, tuned_model)
         say(f"   tuned model     {tuned:6.1%}   {tuned_model}")
@@ -102,9 +103,8 @@ def start_job(client: OpenAI) -> Any:
     return job
 
 
-def follow(client: OpenAI, job: str, until_step: int | None = None) -> None:
-    """Print the job's metrics as they come, until it ends or has done ``until_step`` steps."""
-    seen: set[str] = set()
+def follow(client: OpenAI, job: str, seen: set[str], until_step: int | None = None) -> None:
+    """Print the job's events that are not in ``seen`` until it ends, or has done ``until_step`` steps."""
     while True:
         status = client.fine_tuning.jobs.retrieve(job).status
         step = 0
