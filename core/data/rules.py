@@ -41,12 +41,16 @@ CODES: Mapping[str, str] = {
     "mixed_row_kinds": "chat rows and prompt/completion rows in one file or one row",
     "empty_file": "no rows at all",
     "too_few_examples": "fewer rows than the job asks for",
+    "all_tokens_truncated": "no trained token is left within the longest row allowed",
+    "not_encodable": "the model's chat template refuses the row, or cannot train it as it would be served",
+    "model_not_usable": "the base model's tokenizer cannot be loaded",
 }
 """Every code that a row or file can be refused with, and what it means."""
 
 WARNINGS: Mapping[str, str] = {
     "few_examples": "fewer than ten rows",
     "blank_line": "a blank line, skipped",
+    "truncated": "a row that is longer than allowed and is cut on the right",
     "row_unrecognized_key": "a key of the row that has no effect",
     "name_ignored": "`name` has no effect: chat templates do not show it to the model",
 }

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from core.data.chat import encode, end_of_turn_id, prompt_ids, text_prompt_ids
 from core.data.rules import Message, Row
-from core.models.load import Loaded
+from core.models.load import Loaded, load_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -299,3 +299,11 @@ def test_a_changed_template_is_seen_at_once(loaded: Loaded) -> None:
     before = prompt_ids(talk("q").messages, tokenizer)
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     assert prompt_ids(talk("q").messages, tokenizer) != before
+
+
+@pytest.mark.slow  # needs the real model, whose template opens a bare question with a system message of its own
+@pytest.mark.parametrize("row", CONVERSATIONS, ids=range(len(CONVERSATIONS)))
+def test_trained_is_served_by_the_real_template(row: Row) -> None:
+    tokenizer = load_tokenizer("smollm2-135m-instruct")
+    check_trained_is_served(row, tokenizer)
+    assert end_of_turn_id(tokenizer) == tokenizer.eos_token_id

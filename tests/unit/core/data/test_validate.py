@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -13,8 +14,8 @@ import pytest
 
 from core.data import validate as module
 from core.data.chat import encode
-from core.data.source import rows
-from core.data.validate import main, validate, write_json
+from core.data.source import rows, scan
+from core.data.validate import check_tokens, main, validate, write_json
 from core.models.load import load_tokenizer
 
 ROW = {"messages": [{"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "Under the bridge."}]}
@@ -120,6 +121,19 @@ def test_a_model_that_cannot_be_used_is_the_users_fault(tmp_path: Path, model: s
     got = validate(model, write(tmp_path / "t.jsonl", ROW), None, max_length=9)
     assert (got["ok"], got["param"], got["code"]) == (False, "model", "model_not_usable")
     assert got["problems"][0]["file"] is None and got["message"]
+
+
+def test_a_row_that_the_template_refuses_is_named(tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(load_tokenizer("tiny-llama"))
+    tokenizer.chat_template = (
+        "{% if 'bridge' in messages[-1]['content'] %}{{ raise_exception('no bridges') }}{% endif %}"
+        "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    )
+    path = write(tmp_path / "t.jsonl", CUT, ROW, CUT)
+    report, got = check_tokens(path, scan(path), tokenizer, max_length=100)
+    assert [(problem.line, problem.code) for problem in got.problems] == [(2, "not_encodable")]
+    assert got.problems[0].message.endswith("refuses the conversation: no bridges")
+    assert report.truncated == 2 and got.problem_count == 1
 
 
 def test_prompt_rows(tmp_path: Path) -> None:
