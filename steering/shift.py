@@ -28,8 +28,10 @@ class Shift:
     """(K, T) int64 phases of the tokens; None in a decode step, whose delta is already chosen."""
     touched: Tensor
     """(K, T) bool: tokens that the delta changes."""
+    restore: bool
+    """Whether the norm of some tokens is restored."""
     keep: Tensor | None
-    """(K, T, 1) bool: tokens whose norm is restored; None: none."""
+    """(K, T, 1) bool: those tokens; None: all, or none without `restore`."""
 
     def apply(self, h: Tensor) -> Tensor:
         """Steer a layer's output.
@@ -46,14 +48,14 @@ class Shift:
         delta = self.delta
         if self.phase is not None:
             delta = delta.gather(1, self.phase.unsqueeze(2).expand(-1, -1, delta.shape[2]))
-        if self.keep is None and h.dtype is torch.float32:
+        if not self.restore and h.dtype is torch.float32:
             return h + delta if self.rows is None else h.index_add(0, self.rows, delta)
         x = h if self.rows is None else h.index_select(0, self.rows)
         x = x.to(torch.promote_types(h.dtype, torch.float32))
         y = x + delta
-        if self.keep is not None:
+        if self.restore:
             scale = _norm(x) / _norm(y).clamp_min(_TINY)
-            y = y * torch.where(self.keep, scale, torch.ones_like(scale))
+            y = y * (scale if self.keep is None else torch.where(self.keep, scale, 1.0))
         y = y.to(h.dtype)
         return y if self.rows is None else h.index_copy(0, self.rows, y)
 
@@ -105,9 +107,9 @@ def decode_shift(rows: Sequence[int], batch: int, fused: Sequence[Fused], phases
         The shift, with deltas (K, 1, D).
     """
     delta = torch.stack([f.table[phase] for f, phase in zip(fused, phases, strict=True)]).unsqueeze(1)
-    restored = torch.tensor(keep, device=device).reshape(-1, 1, 1) if any(keep) else None
+    some = torch.tensor(keep, device=device).reshape(-1, 1, 1) if any(keep) and not all(keep) else None
     touched = torch.ones(len(rows), 1, dtype=torch.bool, device=device)
-    return Shift(_index(rows, batch, device), delta.to(device), None, touched, restored)
+    return Shift(_index(rows, batch, device), delta.to(device), None, touched, any(keep), some)
 
 
 def prefill_shift(rows: Sequence[int], batch: int, fused: Sequence[Fused], phase: Tensor, keep: Sequence[bool],
@@ -128,10 +130,8 @@ def prefill_shift(rows: Sequence[int], batch: int, fused: Sequence[Fused], phase
     phase = phase.to(device)
     table = torch.stack([f.table for f in fused]).to(device)
     touched = torch.tensor([f.active for f in fused], device=device).gather(1, phase)
-    restored = None
-    if any(keep):
-        restored = (touched & torch.tensor(keep, device=device).unsqueeze(1)).unsqueeze(2)
-    return Shift(_index(rows, batch, device), table, phase, touched, restored)
+    some = (touched & torch.tensor(keep, device=device).unsqueeze(1)).unsqueeze(2) if any(keep) else None
+    return Shift(_index(rows, batch, device), table, phase, touched, any(keep), some)
 
 
 def _index(rows: Sequence[int], batch: int, device: torch.device) -> Tensor | None:

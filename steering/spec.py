@@ -51,7 +51,7 @@ class Term:
 
     vector: SteeringVector
     strength: float
-    """Multiplies the stored direction; may be negative."""
+    """Multiplies the stored direction; may be negative. Layers add up: the more of them, the less each needs."""
     layers: tuple[int, ...] | None = None
     """0-based block indices; None: every layer of the vector."""
     positions: Positions = "all"

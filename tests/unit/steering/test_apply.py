@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from core.models.load import Loaded
 from core.models.sites import SITES, blocks, site_modules
-from steering.apply import Receipt, RowSpec, Term, steer
+from steering.apply import Receipt, RowSpec, SteeringError, Term, steer
 from steering.vector import SteeringVector
 from tests.unit.steering.runs import run_batch, run_plain
 
@@ -292,7 +292,7 @@ def test_in_bfloat16_the_sum_is_taken_in_float32_and_rounded_once(
     assert torch.equal(after[1], before[1])
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_specs_in_any_batch_equal_plain_hooks(data: st.DataObject, models: Models, make_vector: MakeVector) -> None:
     loaded = models()
@@ -307,7 +307,11 @@ def test_any_specs_in_any_batch_equal_plain_hooks(data: st.DataObject, models: M
     prompt = st.lists(st.integers(3, 900), min_size=1, max_size=7)
     prompts = data.draw(st.lists(prompt, min_size=1, max_size=3))
     specs = [data.draw(st.none() | spec) for _ in prompts]
-    batch = run_batch(loaded, prompts, specs, steps=3, chunk=data.draw(st.sampled_from([None, 2])))
+    try:
+        batch = run_batch(loaded, prompts, specs, steps=3, chunk=data.draw(st.sampled_from([None, 2])))
+    except SteeringError as error:
+        assert error.code == "steering_touches_nothing"
+        reject()  # the drawn terms cancel
     for row, (ids, one) in enumerate(zip(prompts, specs, strict=True)):
         alone, _ = run_plain(loaded, ids, one, steps=1)
         assert (batch.logits[row, 0] - alone.logits[0, 0]).abs().max() < 1e-5
