@@ -1,6 +1,6 @@
 """The rules for one row: OpenAI's chat format and codes, plus plain prompt/completion rows.
 
-The first eight codes below are those of OpenAI's published checker, so that tools built on it go on working; the
+The first seven codes below are those of OpenAI's published checker, so that tools built on it go on working; the
 others are ours, for what it lets pass and training would then silently get wrong.
 """
 
