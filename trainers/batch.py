@@ -14,11 +14,14 @@ Collate = Callable[[Sequence[Example]], dict[str, Tensor]]
 
 
 def collator(*, pad_id: int, device: torch.device) -> Collate:
-    """A function from rows to ``TokenLoss``'s arguments, (B, T) each, on a device.
+    """Makes the function that turns rows into what the loss takes.
 
     Args:
         pad_id: Token to fill up with; the attention mask hides it.
         device: Where the model is.
+
+    Returns:
+        A function from rows to ``TokenLoss``'s arguments, (B, T) each, on that device.
     """
 
     def build(rows: Sequence[Example]) -> dict[str, Tensor]:

@@ -173,6 +173,9 @@ def load_run(file: Path, overrides: Sequence[str] = ()) -> Run:
         file: YAML with the fields of ``RunConfig`` and ``method``: a name, or a mapping with ``name`` and settings.
         overrides: ``key=value``, the value in YAML's syntax; they win over the file.
 
+    Returns:
+        The resolved run.
+
     Raises:
         ConfigError: Not a mapping, an unknown key or method, or a value out of range.
     """
@@ -191,6 +194,9 @@ def parse_run(content: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
     Args:
         content: What the run file holds.
         overrides: ``key=value`` strings.
+
+    Returns:
+        The resolved run.
 
     Raises:
         ConfigError: As in ``load_run``.

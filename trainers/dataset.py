@@ -24,6 +24,9 @@ def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length:
         max_length: Longest row in tokens; the rest is cut on the right.
         param: Setting that named the file, for error messages.
 
+    Returns:
+        One example a row, in the file's order.
+
     Raises:
         RunError: The file is missing or empty, a row is malformed (the message names its line), or one trains no token
             within ``max_length``.

@@ -15,6 +15,9 @@ def resolve_dtype(wanted: Literal["auto", "float32", "bfloat16"]) -> Literal["fl
 
     Args:
         wanted: As the run file says.
+
+    Returns:
+        The dtype's name.
     """
     if wanted != "auto":
         return wanted

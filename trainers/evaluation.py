@@ -41,6 +41,9 @@ def evaluate(
         collate: Rows to the loss's tensors, on its device.
         accelerator: Sums over processes.
         check: Called before each forward pass; may raise ``Interrupted``.
+
+    Returns:
+        The score over all rows.
     """
     processes = accelerator.num_processes
     # One step that holds all rows, dealt to the processes as a training step would be.

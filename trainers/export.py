@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from core.models.load import Loaded, load
+from core.models.ref import ModelRef
 from core.models.save import save_adapter, save_merged
 from trainers.method import Method
 
@@ -80,7 +81,7 @@ def verify(
     if kind == "adapter":
         again = load(loaded.ref, dtype=dtype, adapter=directory, quant=quant)
     else:
-        again = load(str(directory), dtype=dtype)
+        again = load(ModelRef("directory", str(directory.resolve())), dtype=dtype)
     model = again.model.to(next(loaded.model.parameters()).device) if quant == "none" else again.model
     difference = float((probe(model, input_ids) - expected).abs().max())
     if not difference <= TOLERANCE[dtype]:

@@ -221,7 +221,7 @@ class Loop:
             self._check_finite(measured)
             return loss
 
-        self.optimizer.step(closure)
+        self.optimizer.step(closure)  # type: ignore[arg-type]  # torch's stubs want a float; a tensor is its own habit
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         progress.trained_tokens += trained

@@ -64,6 +64,9 @@ def plan(run: Run) -> Plan:
     Args:
         run: The resolved run file.
 
+    Returns:
+        Bytes by purpose.
+
     Raises:
         ValueError: The model is refused, or the method does not fit it.
     """

@@ -33,7 +33,13 @@ METHODS: Mapping[str, Method] = _collect(_NAMES)
 
 
 def get_method(name: str) -> Method:
-    """The method of that name.
+    """Looks a method up.
+
+    Args:
+        name: What a request or run file calls it.
+
+    Returns:
+        The method of that name.
 
     Raises:
         ValueError: There is none; the message lists what exists.
@@ -48,6 +54,9 @@ def method_schema(name: str) -> dict[str, Any]:
 
     Args:
         name: A name in ``METHODS``.
+
+    Returns:
+        An object schema that allows exactly what the run file's ``method`` section may hold besides ``name``.
 
     Raises:
         ValueError: Unknown method.

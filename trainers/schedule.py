@@ -19,6 +19,9 @@ def factor(step: int, *, total: int, warmup: int, schedule: Schedule) -> float:
         total: Steps of the whole run.
         warmup: Steps of warm-up.
         schedule: Shape after the warm-up.
+
+    Returns:
+        A factor in [0, 1].
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)

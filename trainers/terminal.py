@@ -9,10 +9,13 @@ from trainers.config import Run
 
 
 def describe(run: Run) -> str:
-    """The resolved run file as YAML, each value followed by where it came from; running it gives the same run.
+    """Writes a resolved run file out, each value followed by where it came from.
 
     Args:
         run: The resolved run file.
+
+    Returns:
+        YAML; running it gives the same run.
     """
     lines = []
     for name, value in run.as_dict().items():
@@ -42,6 +45,9 @@ def line(kind: str, data: dict[str, Any]) -> str:
     Args:
         kind: Of the event.
         data: Of the event.
+
+    Returns:
+        The line, without a newline.
     """
     values = [f"{name} {_short(value)}" for name, value in data.items() if value not in (None, {}, [])]
     return f"{kind}: {', '.join(values)}"

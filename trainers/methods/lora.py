@@ -60,6 +60,14 @@ class LoraConfig(MethodConfig):
 def attach(model: PreTrainedModel, config: LoraConfig, context: TrainContext) -> Attached:
     """Wraps the model with a fresh adapter; only the adapter trains. B starts at zero, so step 0 is the base model.
 
+    Args:
+        model: The base.
+        config: Rank, scale and variant.
+        context: The run around it.
+
+    Returns:
+        The wrapped model, and AdamW with one group for B, whose rate ``lora_plus_ratio`` raises, and one for the rest.
+
     Raises:
         ValueError: No module matches ``targets``; the message lists the model's linear layers.
     """
