@@ -12,6 +12,7 @@ from core.models.ref import ModelRef, parse_ref
 from core.models.resolve import local_directory, resolve
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Quant = Literal["none", "bnb-nf4"]
@@ -113,24 +114,32 @@ def load_tokenizer(ref: ModelRef | str) -> PreTrainedTokenizerBase:
     return _tokenizer(resolve(ref))
 
 
-def attach(model: PreTrainedModel, adapter: Path, *, name: str = "default", is_trainable: bool = False) -> Any:
-    """Puts an adapter on a model that has none.
+def attach(
+    model: PreTrainedModel | PeftModel, adapter: Path, *, name: str = "default", is_trainable: bool = False
+) -> Any:
+    """Puts an adapter on a model, beside those that it has already.
 
     Args:
-        model: the base.
-        adapter: directory in PEFT's format; it passes the policy first.
-        name: what PEFT calls it on this model.
+        model: the base, or what this function returned for it before.
+        adapter: directory in PEFT's format; it passes the policy first. See :func:`check_adapter_base` for whether it
+            belongs to this base.
+        name: what PEFT calls it on this model; no other adapter on it has that name.
         is_trainable: keep its parameters trainable.
 
     Returns:
-        The ``PeftModel``.
+        The ``PeftModel``; the first adapter is the active one until the caller says otherwise.
 
     Raises:
-        ValueError: if the directory is refused.
+        ValueError: if the directory is refused or the name is taken.
     """
     from peft import PeftModel
 
     policy.check_adapter(adapter)
+    if isinstance(model, PeftModel):
+        if name in model.peft_config:
+            raise ValueError(f"the model has an adapter named {name!r} already")
+        model.load_adapter(str(adapter), adapter_name=name, is_trainable=is_trainable)
+        return model
     return PeftModel.from_pretrained(model, str(adapter), adapter_name=name, is_trainable=is_trainable)
 
 

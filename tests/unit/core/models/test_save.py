@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.models import manifest
 from core.models.fingerprint import fingerprint
-from core.models.load import load
+from core.models.load import attach, load
 from core.models.merge import merged_state
 from core.models.policy import PolicyError, check_adapter
 from core.models.save import save_adapter, save_merged, verify
@@ -295,9 +295,43 @@ def test_an_adapter_needs_its_two_files_and_no_pickle(foreign: Path, tmp_path: P
         check_adapter(adapter)
 
 
+def test_adapters_go_on_beside_each_other(foreign: Path, tmp_path: Path) -> None:
+    other, _ = tuned("tiny-llama", target_modules=["v_proj", "up_proj"])
+    second = save_adapter(other, tmp_path / "second", card={"base": "tiny-llama"})
+    loaded = load("tiny-llama")
+    plain = logits(loaded.model)
+    both = attach(attach(loaded.model, foreign, name="a"), second, name="b").eval()
+    assert torch.equal(logits(both), logits(load("tiny-llama", adapter=foreign).model))
+    both.set_adapter("b")
+    assert torch.equal(logits(both), logits(other))
+    with both.disable_adapter():
+        assert torch.equal(logits(both), plain)
+    with pytest.raises(ValueError, match="named 'b' already"):
+        attach(both, foreign, name="b")
+    with pytest.raises(PolicyError):
+        attach(both, tmp_path, name="c")
+
+
 def test_an_adapter_can_stay_trainable(foreign: Path) -> None:
     frozen = load("tiny-llama", adapter=foreign).model
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
     trainable = load("tiny-llama", adapter=foreign, is_trainable=True).model
     names = {name for name, parameter in trainable.named_parameters() if parameter.requires_grad}
     assert names and all("lora_" in name for name in names)
+
+
+@pytest.mark.slow
+def test_merged_is_adapter_on_the_real_model(tmp_path: Path) -> None:
+    model, tokenizer = tuned("smollm2-135m-instruct", target_modules="all-linear")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(0.1)
+            assert "lora_" in name
+    expected = logits(model)
+    assert (expected - logits(load("smollm2-135m-instruct").model)).abs().max() > 1e-2
+    adapter = save_adapter(model, tmp_path / "a", card={"base": "smollm2-135m-instruct"})
+    merged = save_merged(model, tokenizer, tmp_path / "m", card={"base": "smollm2-135m-instruct"})
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(load("smollm2-135m-instruct", adapter=adapter).model), expected)
+    difference = (logits(load(str(merged)).model) - expected).abs().max()
+    assert difference < 1e-4, difference
