@@ -136,7 +136,8 @@ async def paced(
             yield streams.event({"object": "stream.end", "reason": "server_stopping"}, name="shutdown")
             return
         try:
-            await asyncio.wait_for(draining.begun.wait(), POLL_SECONDS)
+            async with asyncio.timeout(POLL_SECONDS):
+                await draining.begun.wait()
         except TimeoutError:
             silent += POLL_SECONDS
         if silent >= PING_SECONDS:

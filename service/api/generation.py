@@ -113,7 +113,9 @@ async def choices(
         open_choices = len(wanted)
         while open_choices:
             try:
-                item = await asyncio.wait_for(queue.get(), PING_SECONDS)
+                # Not wait_for: in Python 3.11 it swallows a cancellation that comes together with an item.
+                async with asyncio.timeout(PING_SECONDS):
+                    item = await queue.get()
             except TimeoutError:
                 yield None
                 continue

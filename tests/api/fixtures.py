@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from service.app import create_app
 from service.engines.fake import FakeEngine
 from service.settings import LimitSettings, Settings
-from tests.contract.conftest import BASE, make_base
+from tests.contract.base import BASE, make_base
 
 HOST = "127.0.0.1:8000"
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))

@@ -25,9 +25,9 @@ from service.cli.server import GracefulServer
 from service.engines.base import Request, Sampling
 from service.engines.fake import FakeEngine, default_reply
 from service.settings import JobSettings, LimitSettings, Settings
+from tests.contract.base import BASE, make_base
 
 STANDIN = Path(__file__).parent.parent / "chaos" / "standin.py"
-BASE = "tiny-llama"
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
 SETTLED = ("succeeded", "failed", "cancelled", "paused")
 
@@ -35,15 +35,6 @@ SETTLED = ("succeeded", "failed", "cancelled", "paused")
 def reply(request: Request) -> str:
     """The same words whatever is asked about them (log-probabilities, length, stops), as from a model."""
     return default_reply(replace(request, sampling=Sampling(seed=request.sampling.seed)))
-
-
-def make_base(home: Path) -> None:
-    """The files that a base's name is looked up by, without weights that anyone could load."""
-    directory = home / "models" / BASE
-    directory.mkdir(parents=True)
-    (directory / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 2}')
-    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
-    (directory / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\0\0")
 
 
 @dataclass

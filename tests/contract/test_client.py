@@ -6,7 +6,8 @@ import openai
 import pytest
 from openai import OpenAI
 
-from tests.contract.conftest import BASE, Served
+from tests.contract.base import BASE
+from tests.contract.conftest import Served
 
 
 def test_models(served: Served) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import openai
 import pytest
 
-from tests.contract.conftest import BASE, Served
+from tests.contract.base import BASE
+from tests.contract.conftest import Served
 
 HELLO: Any = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Where is my box?"}]
 

@@ -8,7 +8,8 @@ import io
 import openai
 import pytest
 
-from tests.contract.conftest import BASE, Served
+from tests.contract.base import BASE
+from tests.contract.conftest import Served
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import openai
 import pytest
 from openai import DefaultHttpxClient, OpenAI
 
-from tests.contract.conftest import BASE, Served
+from tests.contract.base import BASE
+from tests.contract.conftest import Served
 
 transports: Any = pytest.importorskip("openai._base_client")
 http: Any = next(module for name in ("httpx2", "httpx") if (module := getattr(transports, name, None)) is not None)

@@ -12,7 +12,8 @@ import openai
 import pytest
 
 from core.models.fingerprint import fingerprint
-from tests.contract.conftest import BASE, Served
+from tests.contract.base import BASE
+from tests.contract.conftest import Served
 
 WIDTH = 64
 
