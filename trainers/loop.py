@@ -141,10 +141,11 @@ class Loop:
     def rehearse(self) -> None:
         """Runs the longest rows forward and backward once, so that a lack of memory shows before the first step."""
         longest = sorted(self.stream.examples, key=lambda row: -len(row.input_ids))[: self.config.batch_size]
-        value, _ = self.loss(**self.collate(longest))
-        if self.run_file.method.needs_gradients:
-            self.accelerator.backward(value)
-            self.optimizer.zero_grad(set_to_none=True)
+        with torch.set_grad_enabled(self.run_file.method.needs_gradients):
+            value, _ = self.loss(**self.collate(longest))
+            if torch.is_grad_enabled():
+                self.accelerator.backward(value)
+        self.optimizer.zero_grad(set_to_none=True)
         checkpoint.set_rng_state(self.boundary[1])
         self.reporter.message(
             "info", f"the longest rows ({len(longest[0].input_ids)} tokens) fit", peak_memory_bytes=peak_memory()
@@ -221,7 +222,8 @@ class Loop:
             self._check_finite(measured)
             return loss
 
-        self.optimizer.step(closure)  # type: ignore[arg-type]  # torch's stubs want a float; a tensor is its own habit
+        loss: Any = self.optimizer.step(closure)  # type: ignore[arg-type]  # torch's stubs want a float
+        measured["train_loss"] = float(loss)
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         progress.trained_tokens += trained
