@@ -38,6 +38,7 @@ class EnginePool:
         self._engines: dict[Key, TransformersEngine] = {}
         self._room = asyncio.Lock()
         self._sweeper: asyncio.Task[None] | None = None
+        self._ending: set[asyncio.Task[None]] = set()
         self._closed = False
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
@@ -72,7 +73,7 @@ class EnginePool:
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.gather(self._sweeper, return_exceptions=True)
-        await asyncio.gather(*(engine.close() for engine in self._engines.values()))
+        await asyncio.gather(*(engine.close() for engine in self._engines.values()), *self._ending)
         self._engines.clear()
 
     async def health(self) -> dict[str, Any]:
@@ -89,7 +90,14 @@ class EnginePool:
     async def drop(self, base: str) -> None:
         """End the idle processes of a base, for instance because it is to be deleted."""
         for key in [k for k, engine in self._engines.items() if k[0] == base and not engine.in_flight]:
-            await self._engines.pop(key).stop()
+            await self._end(key)
+
+    async def _end(self, key: Key) -> None:
+        """End an engine's process, to the last, even if who asked for it leaves."""
+        ending = asyncio.create_task(self._engines.pop(key).stop())
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
+        await asyncio.shield(ending)
 
     async def _engine(self, key: Key) -> TransformersEngine:
         """The engine of a key, with memory made for its process."""
@@ -112,8 +120,7 @@ class EnginePool:
             idle = [k for k, engine in self._engines.items() if k != key and not engine.in_flight and engine.child]
             if not idle:
                 raise EngineUnavailable("Other models are in use and leave no memory for this one. Try again shortly.")
-            oldest = min(idle, key=lambda k: self._engines[k].last_used)
-            await self._engines.pop(oldest).stop()
+            await self._end(min(idle, key=lambda k: self._engines[k].last_used))
 
     def _taken(self, key: Key) -> int:
         """Bytes of the other processes: what they hold, or will when they have started."""
@@ -129,9 +136,9 @@ class EnginePool:
             await asyncio.sleep(min(30.0, self.pool.idle_seconds / 4))
             now = time.monotonic()
             for key, engine in list(self._engines.items()):
-                if not engine.in_flight and now - engine.last_used >= self.pool.idle_seconds:
-                    del self._engines[key]
-                    await engine.stop()
+                idle = not engine.in_flight and now - engine.last_used >= self.pool.idle_seconds
+                if idle and self._engines.get(key) is engine:
+                    await self._end(key)
 
 
 def weights_bytes(base: Path) -> int:

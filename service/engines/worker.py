@@ -110,7 +110,8 @@ def main(argv: list[str]) -> None:
     """Start: read the options, load, say so, serve."""
     follow_parent(int(argv[1]))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it hangs up when it is done
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # sent to the whole group: the parent drains, then hangs up
     connection = socket.socket(fileno=int(argv[0]))
     inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=read_frames, args=(connection, inbox), daemon=True).start()

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engines.base import Sampling
@@ -29,6 +29,7 @@ def test_frequencies_are_the_softmax_of_the_scaled_logits(temperature: float) ->
     assert draws(Sampling(temperature=temperature, seed=1)) == pytest.approx(expected, abs=0.03)
 
 
+@settings(max_examples=20, deadline=None)
 @given(st.floats(0.01, 0.999))
 def test_the_nucleus_is_the_fewest_likeliest_tokens_that_hold_top_p(top_p: float) -> None:
     probabilities = torch.softmax(LOGITS.double(), 0)

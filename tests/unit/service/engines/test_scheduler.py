@@ -49,7 +49,7 @@ def test_without_max_tokens_the_rest_of_the_context_is_used_up_to_a_bound(llama:
 
 
 def test_the_whole_context_can_be_used(llama: Kit) -> None:
-    request = llama.request("1", "the order is late ", sampling=Sampling(temperature=0))
+    request = llama.request("1", "the order is late " * 110, sampling=Sampling(temperature=0))
     last = run(llama.scheduler(default_max_tokens=5000), [request])["1"].chunks[-1]
     assert last.finish_reason == "length" and last.prompt_tokens + last.completion_tokens == 1024
 
@@ -87,8 +87,9 @@ def test_a_full_queue_is_429_with_retry_after(llama: Kit) -> None:
 
 
 def test_rows_wait_until_their_keys_and_values_fit(llama: Kit) -> None:
-    scheduler = llama.scheduler(rows=8, cache_bytes=2 * 4 * BLOCK * llama.model.token_bytes)
-    requests = [llama.request(str(i), f"number {i}", sampling=LONG) for i in range(4)]
+    scheduler = llama.scheduler(rows=8, cache_bytes=2 * BLOCK * llama.model.token_bytes)
+    sampling = Sampling(temperature=0, max_tokens=90)
+    requests = [llama.request(str(i), f"number {i}", sampling=sampling) for i in range(4)]
     for request in requests:
         scheduler.submit(request)
     most = 0
