@@ -29,56 +29,63 @@ class _Group(BaseModel):
 class LimitSettings(_Group):
     """What one request may cost."""
 
-    body_bytes: int = Field(1 * _MIB, gt=0, description="Largest body of any route that is not an upload.")
-    upload_bytes: int = Field(512 * _MIB, gt=0, description="Largest file that /v1/files takes.")
-    vector_bytes: int = Field(64 * _MIB, gt=0, description="Largest steering vector that an import takes.")
+    body_bytes: int = Field(default=1 * _MIB, gt=0, description="Largest body of any route that is not an upload.")
+    upload_bytes: int = Field(default=512 * _MIB, gt=0, description="Largest file that /v1/files takes.")
+    vector_bytes: int = Field(default=64 * _MIB, gt=0, description="Largest steering vector that an import takes.")
     min_free_disk_bytes: int = Field(
-        512 * _MIB, ge=0, description="An upload that would leave less free space in the data folder is refused."
+        default=512 * _MIB,
+        ge=0,
+        description="An upload that would leave less free space in the data folder is refused.",
     )
-    choices: int = Field(16, ge=1, description="Largest `n` of a generation request.")
-    stream_clients: int = Field(256, ge=1, description="Open event and log streams; more are answered 429.")
+    choices: int = Field(default=16, ge=1, description="Largest `n` of a generation request.")
+    stream_clients: int = Field(default=256, ge=1, description="Open event and log streams; more are answered 429.")
 
 
 class JobSettings(_Group):
     """How fine-tuning and fitting jobs are run."""
 
-    max_running: int = Field(1, ge=1, description="Jobs that run at the same time.")
-    threads: int = Field(1, ge=1, description="OMP_NUM_THREADS of one run.")
-    lease_seconds: float = Field(30.0, ge=0.6, description="Lease on a claimed job; renewed at a third of it.")
-    poll_seconds: float = Field(0.25, gt=0, description="How often events and exits of runs are looked at.")
-    max_retries: int = Field(3, ge=0, description="Attempts after a crash that could succeed next time.")
-    log_quota_bytes: int = Field(100 * _MIB, ge=65536, description="Output kept of one job; the oldest goes first.")
+    max_running: int = Field(default=1, ge=1, description="Jobs that run at the same time.")
+    threads: int = Field(default=1, ge=1, description="OMP_NUM_THREADS of one run.")
+    lease_seconds: float = Field(default=30.0, ge=0.6, description="Lease on a claimed job; renewed at a third of it.")
+    poll_seconds: float = Field(default=0.25, gt=0, description="How often events and exits of runs are looked at.")
+    max_retries: int = Field(default=3, ge=0, description="Attempts after a crash that could succeed next time.")
+    log_quota_bytes: int = Field(
+        default=100 * _MIB, ge=65536, description="Output kept of one job; the oldest goes first."
+    )
     end_with_server: bool = Field(
-        False,
+        default=False,
         description="On a stop, end the runs at a checkpoint too: for containers, where nothing survives the server. "
         "Without it runs go on, and the next start adopts them.",
     )
-    stop_seconds: float = Field(60.0, ge=0, description="How long `end_with_server` waits for the checkpoints.")
+    stop_seconds: float = Field(default=60.0, ge=0, description="How long `end_with_server` waits for the checkpoints.")
     run_argv: tuple[str, ...] | None = Field(
-        None, description="Replaces `python -m trainers` and `python -m steering fit`; for tests of the machinery."
+        default=None,
+        description="Replaces `python -m trainers` and `python -m steering fit`; for tests of the machinery.",
     )
     validate_argv: tuple[str, ...] | None = Field(
-        None, description="Replaces `python -m core.data.validate`; for tests of the machinery."
+        default=None, description="Replaces `python -m core.data.validate`; for tests of the machinery."
     )
 
 
 class EngineSettings(_Group):
     """How text is generated."""
 
-    threads: int = Field(2, ge=1, description="OMP_NUM_THREADS of one engine process.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="What engines compute in.")
-    device: str = Field("cpu", pattern=r"^(cpu|cuda(:[0-9]+)?)$", description="Where models lie: cpu, cuda, cuda:1.")
-    rows: int = Field(16, ge=1, description="Requests of one base model that generate at once.")
-    waiting: int = Field(64, ge=0, description="Requests that may wait for a row; more are answered 429.")
-    cache_bytes: int = Field(2 << 30, gt=0, description="Most bytes of keys and values of one engine process.")
-    prefill_tokens: int = Field(
-        256, ge=1, description="Most prompt tokens between two decode steps: higher starts long prompts sooner."
+    threads: int = Field(default=2, ge=1, description="OMP_NUM_THREADS of one engine process.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="What engines compute in.")
+    device: str = Field(
+        default="cpu", pattern=r"^(cpu|cuda(:[0-9]+)?)$", description="Where models lie: cpu, cuda, cuda:1."
     )
-    default_max_tokens: int = Field(1024, ge=1, description="Length of a chat answer whose request gives none.")
-    adapters: int = Field(8, ge=1, description="LoRA adapters that one engine process holds.")
-    memory_bytes: int = Field(8192 * _MIB, gt=0, description="Base models are evicted by least use above this.")
-    idle_seconds: float = Field(600.0, gt=0, description="An engine process without requests ends after this.")
-    start_seconds: float = Field(120.0, gt=0, description="Longest wait for an engine process to become ready.")
+    rows: int = Field(default=16, ge=1, description="Requests of one base model that generate at once.")
+    waiting: int = Field(default=64, ge=0, description="Requests that may wait for a row; more are answered 429.")
+    cache_bytes: int = Field(default=2 << 30, gt=0, description="Most bytes of keys and values of one engine process.")
+    prefill_tokens: int = Field(
+        default=256, ge=1, description="Most prompt tokens between two decode steps: higher starts long prompts sooner."
+    )
+    default_max_tokens: int = Field(default=1024, ge=1, description="Length of a chat answer whose request gives none.")
+    adapters: int = Field(default=8, ge=1, description="LoRA adapters that one engine process holds.")
+    memory_bytes: int = Field(default=8192 * _MIB, gt=0, description="Base models are evicted by least use above this.")
+    idle_seconds: float = Field(default=600.0, gt=0, description="An engine process without requests ends after this.")
+    start_seconds: float = Field(default=120.0, gt=0, description="Longest wait for an engine process to become ready.")
 
 
 class Settings(BaseSettings):
@@ -90,23 +97,29 @@ class Settings(BaseSettings):
 
     home: Path = Field(default_factory=default_home, description="Data folder.")
     database_url: str | None = Field(
-        None, description="SQLAlchemy URL; none means SQLite in the data folder. PostgreSQL: postgresql+psycopg://..."
+        default=None,
+        description="SQLAlchemy URL; none means SQLite in the data folder. PostgreSQL: postgresql+psycopg://...",
     )
-    host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     allowed_hosts: tuple[str, ...] = Field(
-        (), description="Names this server is reached under, besides the loopback names. Other Host headers get 403."
+        default=(),
+        description="Names this server is reached under, besides the loopback names. Other Host headers get 403.",
     )
     allowed_origins: tuple[str, ...] = Field(
-        (), description="Web origins, besides the server's own, from which a browser may change things."
+        default=(), description="Web origins, besides the server's own, from which a browser may change things."
     )
     drain_seconds: float = Field(
-        0.3, ge=0, description="On SIGTERM /readyz says 503 for this long before the listening socket closes."
+        default=0.3, ge=0, description="On SIGTERM /readyz says 503 for this long before the listening socket closes."
     )
     grace_seconds: float = Field(
-        6.0, ge=0, description="After SIGTERM, generations may go on for this long; then they end with an error."
+        default=6.0,
+        ge=0,
+        description="After SIGTERM, generations may go on for this long; then they end with an error.",
     )
-    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="Lowest level that is logged.")
+    log_level: str = Field(
+        default="info", pattern="^(debug|info|warning|error)$", description="Lowest level that is logged."
+    )
     limits: LimitSettings = LimitSettings()
     jobs: JobSettings = JobSettings()
     engine: EngineSettings = EngineSettings()

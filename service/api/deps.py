@@ -55,6 +55,7 @@ def endpoints(app: FastAPI) -> list[tuple[frozenset[str], str, Callable[..., Any
     """Every route of the app, those of included routers too, as (methods, path, endpoint)."""
     found: list[tuple[frozenset[str], str, Callable[..., Any]]] = []
     for context in iter_route_contexts(app.routes):
+        assert context.endpoint is not None, f"{context.path} is no plain route, so nothing guards it"
         found.append((frozenset(context.methods or ()), context.path or "", context.endpoint))
     return found
 

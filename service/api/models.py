@@ -54,9 +54,14 @@ def _made(db: Database, name: str) -> ModelObject | None:
         ).first()
     if found is None or not found[0].available:
         return None
-    kind = "merged" if found[0].kind == "merged" else "adapter"
+    checkpoint, base = found
     return ModelObject(
-        id=name, created=found[0].created_at, owned_by="local", kind=kind, base=found[1], job_id=found[0].job_id
+        id=name,
+        created=checkpoint.created_at,
+        owned_by="local",
+        kind="merged" if checkpoint.kind == "merged" else "adapter",
+        base=base,
+        job_id=checkpoint.job_id,
     )
 
 

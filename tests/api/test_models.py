@@ -1,0 +1,141 @@
+"""Models: what there is, an artifact as a tar, deletion, and pulling in a process of its own."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from service.db.engine import write
+from service.db.tables import Checkpoint, Model
+from service.settings import Settings
+from tests.api.test_follow import make_job
+
+
+def put_model(app: FastAPI, home: Path, *, kind: str = "adapter") -> tuple[str, Path]:
+    job = make_job(app.state.store)
+    folder = home / "jobs" / job / "artifact"
+    folder.mkdir(parents=True)
+    manifest = {"format": "gradhelm-artifact/1", "kind": kind, "files": {}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "README.md").write_text("# card\n")
+    (folder / "adapter_model.safetensors").write_bytes(b"x" * 3000)
+    (folder / "deep").mkdir()
+    (folder / "deep" / "a.txt").write_text("deep")
+    (folder / "escape").symlink_to("/etc/passwd")
+    name = f"ft:tiny-llama:local::{job[-8:]}"
+    row = Model(
+        id=name, kind=kind, base="tiny-llama", path=str(folder), job_id=job, created_at=1, manifest=manifest, key_id="k"
+    )
+    with write(app.state.db) as session:
+        session.add(row)
+    return name, folder
+
+
+async def test_an_artifact_comes_as_a_tar(
+    app: FastAPI, client: httpx.AsyncClient, settings: Settings, base: str
+) -> None:
+    name, folder = put_model(app, settings.home)
+    answer = await client.get(f"/v1/models/{name}/content")
+    assert answer.status_code == 200 and answer.headers["content-type"] == "application/x-tar"
+    with tarfile.open(fileobj=io.BytesIO(answer.content)) as archive:
+        members = {member.name: member for member in archive.getmembers()}
+        assert set(members) == {"manifest.json", "README.md", "adapter_model.safetensors", "deep/a.txt"}
+        assert all(member.isreg() and member.uid == 0 and member.mode == 0o644 for member in members.values())
+        for member in members.values():
+            found = archive.extractfile(member)
+            assert found is not None and found.read() == (folder / member.name).read_bytes()
+    assert name in [one["id"] for one in (await client.get("/v1/models")).json()["data"]]
+
+
+async def test_a_deleted_model_is_gone_with_its_files(
+    app: FastAPI, client: httpx.AsyncClient, settings: Settings, base: str
+) -> None:
+    name, folder = put_model(app, settings.home)
+    assert (await client.delete(f"/v1/models/{name}")).json() == {"id": name, "object": "model", "deleted": True}
+    assert not folder.exists() and folder.parent.exists()
+    for call in (client.get, client.delete):
+        assert (await call(f"/v1/models/{name}")).status_code == 404
+
+
+async def test_deletion_never_leaves_the_data_folder(
+    app: FastAPI, client: httpx.AsyncClient, settings: Settings, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    row = Model(
+        id="ft:x", kind="adapter", base="b", path=str(outside), created_at=1, manifest={}, job_id=None, key_id="k"
+    )
+    with write(app.state.db) as session:
+        session.add(row)
+    assert (await client.delete("/v1/models/ft:x")).status_code == 200
+    assert outside.is_dir()
+
+
+async def test_bases_are_neither_deleted_nor_downloaded(client: httpx.AsyncClient, base: str) -> None:
+    gone = await client.delete(f"/v1/models/{base}")
+    assert gone.status_code == 403 and gone.json()["error"]["code"] == "base_model"
+    assert (await client.get(f"/v1/models/{base}/content")).status_code == 400
+    assert (await client.get(f"/v1/models/{base}")).json()["kind"] == "base"
+
+
+async def test_a_checkpoint_is_a_model_until_retention_takes_it(
+    app: FastAPI, client: httpx.AsyncClient, settings: Settings, base: str
+) -> None:
+    job = make_job(app.state.store)
+    folder = settings.home / "jobs" / job / "checkpoints" / "step-00000002" / "adapter"
+    folder.mkdir(parents=True)
+    name = f"ft:{base}:local::{job[-8:]}:ckpt-step-2"
+    row = Checkpoint(
+        id="ftckpt-1", job_id=job, step=2, created_at=1, model_id=name, kind="adapter", path=str(folder), metrics={}
+    )
+    with write(app.state.db) as session:
+        session.add(row)
+    assert (await client.get(f"/v1/models/{name}")).json()["job_id"] == job
+    body = {"model": name, "messages": [{"role": "user", "content": "x"}]}
+    assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+    assert app.state.engine.requests[-1].adapter == str(folder)
+    assert app.state.engine.requests[-1].base == str(settings.home / "models" / base)
+    app.state.store.apply(job, gone=["ftckpt-1"])
+    for answer in (await client.get(f"/v1/models/{name}"), await client.post("/v1/chat/completions", json=body)):
+        assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
+
+
+async def test_a_merged_model_is_its_own_base(
+    app: FastAPI, client: httpx.AsyncClient, settings: Settings, base: str
+) -> None:
+    name, folder = put_model(app, settings.home, kind="merged")
+    body = {"model": name, "prompt": "x"}
+    assert (await client.post("/v1/completions", json=body)).status_code == 200
+    asked = app.state.engine.requests[-1]
+    assert (asked.base, asked.adapter) == (str(folder), None)
+
+
+async def test_pulling_what_is_here_answers_at_once(client: httpx.AsyncClient, base: str) -> None:
+    answer = await client.post("/v1/models/pull", json={"model": base})
+    assert answer.status_code == 200 and answer.json()["id"] == base
+
+
+@pytest.mark.slow
+async def test_pulling_makes_a_tiny_model_in_a_child(client: httpx.AsyncClient, settings: Settings) -> None:
+    answer = await client.post("/v1/models/pull", json={"model": "tiny-llama"}, timeout=120)
+    assert answer.status_code == 200, answer.text
+    assert (settings.home / "models" / "tiny-llama" / "model.safetensors").stat().st_size > 100_000
+    assert "tiny-llama" in [one["id"] for one in (await client.get("/v1/models")).json()["data"]]
+
+
+async def test_pulling_an_unknown_catalog_name_is_refused(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/models/pull", json={"model": "no-such-model"}, timeout=120)
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "model_refused"
+    assert "tiny-llama" in answer.json()["error"]["message"], "it lists what there is"
+
+
+@pytest.mark.parametrize("name", ["", " ", "a b", "org/name/x", "x" * 600, "gpt-4o\n"])
+async def test_a_name_that_is_no_reference(client: httpx.AsyncClient, name: str) -> None:
+    answer = await client.post("/v1/models/pull", json={"model": name})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "model"
