@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 NAMES = ("code", "error_code")
+# Functions whose code has another name.
+ALSO = {"failure": "default"}
 PACKAGES = ("core", "trainers", "steering", "service")
 # The command line reads codes and makes none.
 SKIPPED = ("service/cli",)
@@ -76,8 +78,9 @@ def _values(tree: ast.Module, places: dict[str, int]) -> Iterator[ast.expr]:
         if isinstance(node, ast.ClassDef):
             yield from _handed_up(node, places)
         if isinstance(node, ast.Call):
-            yield from (keyword.value for keyword in node.keywords if keyword.arg in NAMES)
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            names = (*NAMES, ALSO.get(called, "code"))
+            yield from (keyword.value for keyword in node.keywords if keyword.arg in names)
             place = places.get(called)
             if place is not None and place < len(node.args):
                 yield node.args[place]
@@ -115,6 +118,7 @@ def _constants(value: ast.expr) -> Iterator[str]:
     elif isinstance(value, ast.Tuple | ast.List | ast.Set):
         for part in value.elts:
             yield from _constants(part)
-    elif isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr == "get":
-        for part in value.args[1:]:
+    elif isinstance(value, ast.Call):
+        called = ast.unparse(value.func)
+        for part in value.args if called == "str" else value.args[1:] if called.endswith(".get") else []:
             yield from _constants(part)

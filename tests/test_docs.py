@@ -234,6 +234,8 @@ def fail(message: str, *, code: str | None = None) -> None:
     raise Refused(400, "by_place")
 
 fail("No.", code="by_name" if LOCAL_CODES else "by_choice")
+failure(None, default="by_another_name")
+code = str(LOCAL_CODES.get("code") or "by_or")
 """
 
 
@@ -243,7 +245,8 @@ def test_codes_are_found_however_they_are_passed(tmp_path: Path) -> None:
     (tmp_path / "core" / "new.py").write_text(CODES)
     (tmp_path / "service" / "cli" / "reader.py").write_text('fail("x", code="not_ours")')
     assert set(error_codes(tmp_path)) == {
-        *("by_default", "from_subclass", "from_values", "from_keys", "by_place", "by_name", "by_choice")
+        *("by_default", "from_subclass", "from_values", "from_keys", "by_place", "by_name", "by_choice"),
+        *("by_another_name", "by_or"),
     }
 
 

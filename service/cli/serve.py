@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -41,6 +42,7 @@ def serve(
     os.environ.update({name: value for name, value in given.items() if value is not None})
     from service.app import create_app
     from service.cli.server import GracefulServer
+    from service.jobs.lock import FolderInUse
     from service.log import configure
     from service.settings import load_settings
 
@@ -50,11 +52,14 @@ def serve(
         raise UsageProblem(f"The settings are not valid: {error}") from error
     listener = listen(settings.host, settings.port)
     configure(settings.log_level)
-    server = GracefulServer(create_app(settings), settings)
-    print(f"Gradhelm listens on {address(listener)} with its data in {settings.home}", flush=True)
-    server.run(sockets=[listener])
-    if not server.started:
-        raise CliError("The server could not start; its log above says why.")
+
+    def ready() -> None:
+        print(f"Gradhelm listens on {address(listener)} with its data in {settings.home}", flush=True)
+
+    try:
+        asyncio.run(GracefulServer(create_app(settings), settings, ready=ready).serve_app(listener))
+    except FolderInUse as error:
+        raise CliError(f"{error}.") from error
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -6,6 +6,7 @@ import asyncio
 import math
 import signal
 import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -22,16 +23,17 @@ class GracefulServer(uvicorn.Server):
     Args:
         app: from ``create_app``.
         settings: its settings.
+        ready: called when requests are taken.
     """
 
-    def __init__(self, app: FastAPI, settings: Settings) -> None:
-        self.app, self.drain_seconds = app, settings.drain_seconds
+    def __init__(self, app: FastAPI, settings: Settings, *, ready: Callable[[], None] | None = None) -> None:
+        self.app, self.drain_seconds, self.ready = app, settings.drain_seconds, ready
         super().__init__(
             uvicorn.Config(
                 app,
                 log_config=None,
                 access_log=False,
-                lifespan="on",
+                lifespan="off",  # ours, in serve_app: what goes wrong there must reach the caller
                 server_header=False,
                 # Connections that are still busy then are cut: generations ended at the grace time at the latest.
                 timeout_graceful_shutdown=math.ceil(settings.grace_seconds + MARGIN_SECONDS),
@@ -39,10 +41,24 @@ class GracefulServer(uvicorn.Server):
         )
         self._loop: asyncio.AbstractEventLoop | None = None
 
+    async def serve_app(self, listener: socket.socket) -> None:
+        """Start the app, serve until a signal, stop the app.
+
+        Args:
+            listener: a listening socket.
+
+        Raises:
+            Exception: whatever the app's start or stop raises.
+        """
+        async with self.app.router.lifespan_context(self.app):
+            await self.serve(sockets=[listener])
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to serve; remembers the loop that a signal must reach."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets=sockets)
+        if self.started and self.ready is not None:
+            self.ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal: tell the app now, close the door ``drain_seconds`` later."""

@@ -41,7 +41,7 @@ class Runs:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
+    def stop(self, *, end_runs: bool = False, seconds: float = 60.0) -> None:
         self._stop.set()
         self._thread.join()
 
@@ -100,7 +100,15 @@ def serve(home: Path) -> Iterator[Live]:
     listener = listen("127.0.0.1", 0)
     live.url = address(listener)
     server = GracefulServer(live.app, live.settings)
-    thread = threading.Thread(target=asyncio.run, args=(server.serve(sockets=[listener]),))
+    failures: list[Exception] = []
+
+    def main() -> None:
+        try:
+            asyncio.run(server.serve_app(listener))
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=main)
     thread.start()
     try:
         deadline = time.monotonic() + 20
@@ -112,6 +120,7 @@ def serve(home: Path) -> Iterator[Live]:
         server.handle_exit(15, None)
         thread.join(timeout=20)
         listener.close()
+        assert failures == []
         structlog.reset_defaults()
 
 
