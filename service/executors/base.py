@@ -126,6 +126,10 @@ class Executor(Protocol):
         """
         ...
 
+    def tidy(self) -> None:
+        """Collect ended children of this process, so that none stays a zombie; called at every tick."""
+        ...
+
     def recover(self, directory: Path, job_id: str) -> Status:
         """What became of a run that this executor may not have started itself; what is not adopted is ended.
 

@@ -130,6 +130,9 @@ class FakeExecutor:
         self.kill(handle)
         return self.poll(handle)
 
+    def tidy(self) -> None:
+        """See ``Executor.tidy``: there are no processes."""
+
     def recover(self, directory: Path, job_id: str) -> Status:
         """See ``Executor.recover``.
 

@@ -23,7 +23,7 @@ _SOURCES = str(Path(service.__file__).resolve().parent.parent)
 
 
 class LocalExecutor:
-    """One supervisor process a run. Holds no state of its own: everything is in the run's folder and in /proc."""
+    """One supervisor process a run. Holds nothing that matters: everything is in the run's folder and in /proc."""
 
     def __init__(
         self,
@@ -45,6 +45,7 @@ class LocalExecutor:
         self._log_quota = log_quota
         self._start_seconds = start_seconds
         self._wait_seconds = wait_seconds
+        self._children: dict[int, int] = {}
 
     def submit(
         self, job_id: str, argv: Sequence[str], env: Mapping[str, str], directory: Path, *, attempt: int, token: str
@@ -105,6 +106,7 @@ class LocalExecutor:
                 os.close(answer)
         started = processes.start_time(pid)
         if word == "ok":
+            self._children[pid] = started or 0
             return Handle(job_id, directory, attempt, pid, started or 0, processes.boot_id())
         if word is None and started is not None:
             os.kill(pid, signal.SIGKILL)
@@ -178,6 +180,13 @@ class LocalExecutor:
                 self.kill(handle)
             time.sleep(0.01)
         return status
+
+    def tidy(self) -> None:
+        """See ``Executor.tidy``: a supervisor ends a moment after its exit.json, when nobody polls it any more."""
+        for pid, started in list(self._children.items()):
+            processes.collect(pid, started)
+            if processes.start_time(pid) != started:
+                del self._children[pid]
 
     def recover(self, directory: Path, job_id: str) -> Status:
         """See ``Executor.recover``. A foreign process under a recorded pid is neither adopted nor signalled.

@@ -21,7 +21,15 @@ STOPPED = 3
 _WIRE_PARAMS = {"train_file": "training_file", "data_file": "training_file", "eval_file": "validation_file"}
 """Fields of run files, as requests call them."""
 
-_MEMORY = ("MemoryError", "OutOfMemoryError", "std::bad_alloc", "Cannot allocate memory", "can't allocate memory")
+_TRANSIENT = (
+    "MemoryError",
+    "OutOfMemoryError",
+    "std::bad_alloc",
+    "Cannot allocate memory",
+    "can't allocate memory",
+    "No space left on device",
+)
+"""In the last lines of a run that could not even write its ``error`` event: worth another try."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,7 @@ def decide(
 
 
 def retryable(status: Exited, error: Mapping[str, Any] | None) -> bool:
-    """Whether a crash could end otherwise next time: killed from outside or out of memory, never a plain exception.
+    """Whether a crash could end otherwise next time: killed from outside, out of memory or disk, never an exception.
 
     Args:
         status: how the run ended.
@@ -113,7 +121,7 @@ def retryable(status: Exited, error: Mapping[str, Any] | None) -> bool:
         return True
     if error is not None:
         return bool(error.get("retryable"))
-    return status.signal is None and any(word in line for line in status.last_lines[-3:] for word in _MEMORY)
+    return status.signal is None and any(word in line for line in status.last_lines[-3:] for word in _TRANSIENT)
 
 
 def describe(status: Exited) -> str:

@@ -171,6 +171,7 @@ class Scheduler:
     def tick(self) -> None:
         """Do all that can be done now; never raises, what failed is tried again in the next tick."""
         now = self.clock()
+        self._safely(self.executor.tidy)
         if not self._renewed <= now < self._renewed + self.options.renew_seconds:  # also after the clock jumped back
             self._safely(self._renew)
             self._safely(self._take_over)
@@ -335,14 +336,15 @@ class Scheduler:
                 log.warning("%s: %d processes are still alive", job.id, left)
 
     def _catch_up(self, live: Live, job: Job) -> Job:
-        """Take over what the run has written to its events file."""
+        """Take over what the run has written to its events file up to now: a busy writer must not keep us here."""
         if live.phase != "run":
             return job
-        directory = live.directory(self.home)
-        while True:
-            batch, offset = read_events(directory / tail.EVENTS, job.events_offset)
+        path = live.directory(self.home) / tail.EVENTS
+        end = path.stat().st_size if path.exists() else 0
+        while job.events_offset < end:
+            batch, offset = read_events(path, job.events_offset)
             if offset == job.events_offset:
-                return job
+                break  # a half-written line
             changes = tail.translate(job, batch)
             gone = []
             if changes.checkpoints:
@@ -357,6 +359,7 @@ class Scheduler:
                 checkpoints=changes.checkpoints,
                 gone=gone,
             )
+        return job
 
     # ---- ending ----------------------------------------------------------------------------------------------------
 

@@ -65,7 +65,7 @@ def test_no_zombie_is_left(executor: LocalExecutor, tmp_path: Path) -> None:
     finish(executor, handle)
     deadline = time.monotonic() + 5
     while Path(f"/proc/{handle.pid}").exists():
-        executor.poll(handle)
+        executor.tidy()
         assert time.monotonic() < deadline
         time.sleep(0.005)
 

@@ -350,6 +350,23 @@ def test_broken_events_do_no_harm(world: World) -> None:
     assert job.events_offset > 10_000
 
 
+def test_a_busy_writer_does_not_keep_the_scheduler(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever writes faster than events are taken over must not stop pauses, cancels and other jobs."""
+    job_id = world.running()
+    world.emit(job_id, {"kind": "metric", "step": 0, "train_loss": 1.0})
+    apply, taken = world.store.apply, []
+
+    def slow(*args, **kwargs):
+        taken.append(1)
+        assert len(taken) < 50
+        world.emit(job_id, {"kind": "metric", "step": len(taken), "train_loss": 1.0})
+        return apply(*args, **kwargs)
+
+    monkeypatch.setattr(world.store, "apply", slow)
+    world.tick()
+    assert len(taken) == 1
+
+
 def test_a_hyperparameter_that_no_run_takes_fails_the_job(world: World) -> None:
     job_id = world.submit(resolved={"rank": -1})
     world.tick(3)
