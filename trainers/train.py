@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from transformers import PreTrainedTokenizerBase
 
 from core.config import dump
@@ -18,7 +18,7 @@ from trainers.batch import collator
 from trainers.config import Run
 from trainers.dataset import file_digest, read_examples
 from trainers.dtype import resolve_dtype
-from trainers.errors import STOPPED, SUCCEEDED
+from trainers.errors import STOPPED, SUCCEEDED, RunError
 from trainers.loop import Loop
 from trainers.loss import TokenLoss
 from trainers.method import Attached, TrainContext
@@ -50,6 +50,12 @@ def train(run: Run, reporter: Reporter, stop: StopSignals) -> int:
     # Several processes find each other on a CPU only when they are told that it is one.
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if dtype == "bfloat16" else "no")
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise RunError(
+            f"launched with {accelerator.distributed_type}: checkpoints of sharded models are not written yet; launch "
+            "one whole model a process, as configs/accelerate/ddp.yaml does",
+            code="unsupported_launch",
+        )
     # Rounding every update to bfloat16 would lose most of it, so weights that train are held in float32.
     held_in = "float32" if method.makes == "weights" else dtype
     quant = method.quant(run.settings)
@@ -97,7 +103,12 @@ def train(run: Run, reporter: Reporter, stop: StopSignals) -> int:
     if config.rehearse == "on" or (config.rehearse == "auto" and accelerator.device.type == "cuda"):
         loop.rehearse()
     if not loop.run():
-        reporter.message("info", f"stopped at step {loop.progress.step}; the same command goes on from there")
+        reporter.message(
+            "info",
+            f"stopped at step {loop.progress.step}; the same command goes on from there",
+            step=loop.progress.step,
+            stopped=True,
+        )
         accelerator.end_training()
         return STOPPED
     if config.export == "best" or (config.export == "auto" and config.early_stopping_patience is not None):
