@@ -7,16 +7,21 @@ forward to pass them; here each layer gets one hook that reads the names of the 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
+from torch import nn
 
 from core.models.load import Loaded, attach, check_adapter_base
 from core.models.policy import check_adapter
 from service.engines.base import BadRequest, EngineUnavailable
 
 BASE = "__base__"  # PEFT's name for a row without an adapter
+LORA_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 Key = tuple[str, int, int]  # directory, and its weights' modification time (ns) and size: files may be replaced
 
@@ -97,10 +102,12 @@ class Adapters:
         check_adapter_base(directory, loaded.ref, loaded.directory, loaded.fingerprint)
         if check_adapter(directory).get("use_dora"):
             raise ValueError("a DoRA adapter cannot share a batch; it is served merged")
-        if self._peft is None:
-            self._peft = attach(loaded.model, directory, name=name)
-        else:
-            self._peft.load_adapter(str(directory), name)
+        check_shapes(directory, loaded.model)
+        # What fails from here on leaves layers half wrapped: no ValueError, so that it ends the process.
+        try:
+            self._peft = attach(loaded.model if self._peft is None else self._peft, directory, name=name)
+        except ValueError as error:
+            raise RuntimeError(f"PEFT could not take the adapter {directory}") from error
         self._peft.eval()
         self._hook()
         return name
@@ -117,6 +124,36 @@ class Adapters:
     def _inject(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         del module
         return args, kwargs | {"adapter_names": self._current}
+
+
+def check_shapes(directory: Path, model: Any) -> None:
+    """Check that every matrix of a LoRA fits the layer that it names, before PEFT changes any layer.
+
+    Args:
+        directory: the adapter.
+        model: the base, its layers wrapped or not.
+
+    Raises:
+        ValueError: if a layer is missing or has another width.
+    """
+    with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
+        for key in file.keys():
+            found = LORA_KEY.fullmatch(key)
+            if found is None:
+                continue
+            path, which = found.groups()
+            try:
+                layer = model.get_submodule(path)
+            except AttributeError:
+                raise ValueError(f"it adapts {path}, which this model does not have") from None
+            layer = getattr(layer, "base_layer", layer)
+            if not isinstance(layer, nn.Linear):
+                continue
+            # A reads what the layer reads, B writes what it writes.
+            mine, theirs = (layer.in_features, 1) if which == "A" else (layer.out_features, 0)
+            width = file.get_slice(key).get_shape()[theirs]
+            if width != mine:
+                raise ValueError(f"its {path} has width {width}, the model's has {mine}")
 
 
 def merged(loaded: Loaded, adapter: Path) -> Loaded:

@@ -226,6 +226,28 @@ def test_an_adapter_of_another_base_and_one_that_is_gone_are_refused(llama: Kit,
     assert answers["fine"].error is None
 
 
+def test_an_adapter_whose_shapes_do_not_fit_is_refused_before_a_layer_changes(llama: Kit, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(Path(llama.adapters[0]) / "adapter_model.safetensors")
+    name = next(n for n in tensors if n.endswith("q_proj.lora_B.weight"))
+    wrong = {
+        "wide": tensors | {name: torch.zeros(65, 4)},
+        "lost": {n.replace("layers.1", "layers.9"): t for n, t in tensors.items()},
+    }
+    requests = []
+    for case, changed in wrong.items():
+        target = shutil.copytree(llama.adapters[0], tmp_path / case)
+        save_file({n: t.contiguous() for n, t in changed.items()}, target / "adapter_model.safetensors")
+        requests.append(llama.request(case, "hello", adapter=str(target)))
+    before = run(llama.scheduler(), [llama.request("fine", "hello")])["fine"]
+    answers = run(llama.scheduler(), [*requests, llama.request("fine", "hello")])
+    for case in wrong:
+        error = answers[case].error
+        assert error is not None and (error.status, error.code) == (400, "model_not_usable")
+    assert answers["fine"].text == before.text
+
+
 def test_chat_templates_roles_and_refusals(llama: Kit) -> None:
     scheduler = llama.scheduler()
     base = llama.request("1", "")
