@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from service.api import methods
 from service.api.schemas.common import ErrorAnswer
 
 _MEANING = {
@@ -56,6 +57,13 @@ def describe(app: FastAPI, public: frozenset[str]) -> dict[str, Any]:
                 responses.setdefault(str(status), {"description": _MEANING[status], "content": content})
             if path in public:
                 operation.pop("security", None)
+    if "CreateJob" in schemas:
+        properties = schemas["CreateJob"]["properties"]
+        method = methods.schema()
+        properties["method"] = {"anyOf": [method, {"type": "null"}], "description": properties["method"]["description"]}
+        basic = method["properties"]["supervised"]["properties"]["hyperparameters"]
+        properties["hyperparameters"] |= {"anyOf": [basic, {"type": "null"}]}
+        schemas.pop("MethodChoice", None)
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     if "ErrorAnswer" not in schemas:

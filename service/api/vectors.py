@@ -193,7 +193,8 @@ def _store(db: Database, upload: uploads.Upload, identifier: str, key_id: str, l
     try:
         about = read_vector(upload.path, limit)
     except ValueError as error:
-        raise bad_request(f"The file cannot be used: {error}.", param="file", code="invalid_vector") from None
+        reason = str(error).removeprefix(f"{upload.path.name}: ")
+        raise bad_request(f"The file cannot be used: {reason}.", param="file", code="invalid_vector") from None
     final = upload.path.with_name(f"{identifier}.safetensors")
     row = Vector(
         id=identifier,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ def serving(app: FastAPI, settings: Settings) -> Iterator[Live]:
     """Serve an app that is not started yet."""
     listener = listen("127.0.0.1", 0)
     server = GracefulServer(app, settings)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve_app(listener)), daemon=True)
     thread.start()
     try:
         deadline = time.monotonic() + 30

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,11 +19,10 @@ import structlog
 from openai import OpenAI
 
 from service.app import create_app
-from service.cli.serve import address, listen
-from service.cli.server import GracefulServer
 from service.engines.base import Request, Sampling
 from service.engines.fake import FakeEngine, default_reply
 from service.settings import JobSettings, LimitSettings, Settings
+from tests.api.live import serving
 from tests.contract.base import BASE, make_base
 
 STANDIN = Path(__file__).parent.parent / "chaos" / "standin.py"
@@ -100,18 +98,6 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         settings = Settings(home=home, limits=limits, jobs=jobs, grace_seconds=1)
         engine = FakeEngine(reply, context=256)
     app = create_app(settings, engine=engine)
-    listener = listen("127.0.0.1", 0)
-    server = GracefulServer(app, settings)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    try:
-        deadline = time.monotonic() + 30
-        while not server.started:
-            assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
-            time.sleep(0.02)
-        url, key = address(listener), (home / "admin.key").read_text().strip()
-        with OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=2, timeout=120) as client:
-            yield Served(client, url, key, home, real, engine)
-    finally:
-        server.should_exit = True
-        thread.join(30)
+    with serving(app, settings) as live:
+        with OpenAI(base_url=f"{live.url}/v1", api_key=live.key, max_retries=2, timeout=120) as client:
+            yield Served(client, live.url, live.key, home, real, engine)

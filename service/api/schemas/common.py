@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Body(BaseModel):
@@ -32,14 +32,23 @@ def _no_nul(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_no_nul)]
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Int = Annotated[int, BeforeValidator(_whole)]
+"""A whole number; 8.0 is one too, as JSON Schema has it and JavaScript sends it."""
+
+_NO_NUL: dict[str, Any] = {"pattern": r"^[^\u0000]*$"}
+
+Text = Annotated[str, AfterValidator(_no_nul), Field(json_schema_extra=_NO_NUL)]
 """A string that every database can hold."""
 
-Name = Annotated[str, AfterValidator(_no_nul), Field(min_length=1, max_length=512)]
+Name = Annotated[str, AfterValidator(_no_nul), Field(min_length=1, max_length=512, json_schema_extra=_NO_NUL)]
 """An id or a model's name."""
 
-MetadataKey = Annotated[str, AfterValidator(_no_nul), Field(max_length=64)]
-MetadataValue = Annotated[str, AfterValidator(_no_nul), Field(max_length=512)]
+MetadataKey = Annotated[str, AfterValidator(_no_nul), Field(max_length=64, json_schema_extra=_NO_NUL)]
+MetadataValue = Annotated[str, AfterValidator(_no_nul), Field(max_length=512, json_schema_extra=_NO_NUL)]
 Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
 """Up to 16 pairs; keys up to 64 characters, values up to 512."""
 
