@@ -28,6 +28,15 @@ def server(home: Path) -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Iterator[Server]:
+    """One running server for all tests of a file that leave it alive."""
+    home = tmp_path_factory.mktemp("shared") / "home"
+    shutil.copytree(tiny_llama, home / "models" / "tiny-llama")
+    with Server(home, jobs={"log_quota_bytes": 8 << 20}) as server:
+        yield server
+
+
 @pytest.fixture
 def figure() -> Callable[[str], None]:
     """Say a number that was measured."""

@@ -37,34 +37,34 @@ def zombies() -> list[int]:
         ("value_error", "invalid_value", "a bad value"),
     ],
 )
-def test_a_death_is_noticed_and_explained(server: Server, figure, end: str, code: str, words: str) -> None:
-    job_id = server.submit(steps=2, end=end)
-    job = server.wait(job_id)
-    exit_record = read_json(server.folder(job_id) / "exit.json")
+def test_a_death_is_noticed_and_explained(shared: Server, figure, end: str, code: str, words: str) -> None:
+    job_id = shared.submit(steps=2, end=end)
+    job = shared.wait(job_id)
+    exit_record = read_json(shared.folder(job_id) / "exit.json")
     assert exit_record is not None
     assert job["status"] == "failed" and job["error"]["code"] == code and words in job["error"]["message"]
     if end != "value_error":
         assert "attempt 1 begins after step 0" in job["error"]["message"]
-    assert len(server.starts(job_id)) == 1  # what cannot succeed is not tried again
+    assert len(shared.starts(job_id)) == 1  # what cannot succeed is not tried again
     delay = time.time() - exit_record["finished_at"]
     figure(f"3. {end}: terminal {delay:.2f} s after the end (target 2 s, polling and HTTP included)")
     assert delay <= 2.0
-    assert server.process is not None
-    until(lambda: server.process.pid not in zombies(), 2, "the collection of the supervisor")
+    assert shared.process is not None
+    until(lambda: shared.process.pid not in zombies(), 2, "the collection of the supervisor")
 
 
-def test_killed_and_out_of_memory_are_retried_and_a_poison_job_ends(server: Server, figure) -> None:
-    once = server.submit(end="signal:9", fail_attempts=1)
-    memory = server.submit(end="memory", fail_attempts=1)
-    poison = server.submit(end="signal:9") if not QUICK else None
+def test_killed_and_out_of_memory_are_retried_and_a_poison_job_ends(shared: Server, figure) -> None:
+    once = shared.submit(end="signal:9", fail_attempts=1)
+    memory = shared.submit(end="memory", fail_attempts=1)
+    poison = shared.submit(end="signal:9") if not QUICK else None
     for job_id in (once, memory):
-        assert server.wait(job_id, seconds=60)["status"] == "succeeded"
-        assert len(server.starts(job_id)) == 2
+        assert shared.wait(job_id, seconds=60)["status"] == "succeeded"
+        assert len(shared.starts(job_id)) == 2
     if poison is not None:
-        job = server.wait(poison, seconds=60)
+        job = shared.wait(poison, seconds=60)
         assert (job["status"], job["error"]["code"]) == ("failed", "run_killed")
         assert "signal 9 (SIGKILL)" in job["error"]["message"] and "after 3 retries" in job["error"]["message"]
-        assert len(server.starts(poison)) == 4
+        assert len(shared.starts(poison)) == 4
         figure("14. killed, out of memory: 2 starts each; poison job: 4 starts, then failed; ValueError: 1 start")
 
 
@@ -95,18 +95,18 @@ def test_a_forged_record_harms_nobody(server: Server) -> None:
         foreign.wait()
 
 
-def test_cancel_ends_every_descendant(server: Server, figure) -> None:
+def test_cancel_ends_every_descendant(shared: Server, figure) -> None:
     for stubborn in (False, True):
-        job_id = server.submit(steps=10_000, seconds=0.02, tree=True, stubborn=stubborn)
-        until(lambda job_id=job_id: server.job(job_id)["progress"]["step"] > 2, 30)
-        record = read_json(server.folder(job_id) / RECORD)
+        job_id = shared.submit(steps=10_000, seconds=0.02, tree=True, stubborn=stubborn)
+        until(lambda job_id=job_id: shared.job(job_id)["progress"]["step"] > 2, 30)
+        record = read_json(shared.folder(job_id) / RECORD)
         assert record is not None
         tree = {pid: processes.start_time(pid) for pid in processes.descendants(record["pid"])}
         assert len(tree) == 6
-        grace = server.job(job_id)["progress"]["grace_seconds"]
+        grace = shared.job(job_id)["progress"]["grace_seconds"]
         began = time.monotonic()
-        server.call("POST", f"/v1/fine_tuning/jobs/{job_id}/cancel")
-        assert server.wait(job_id, seconds=grace + 5)["status"] == "cancelled"
+        shared.call("POST", f"/v1/fine_tuning/jobs/{job_id}/cancel")
+        assert shared.wait(job_id, seconds=grace + 5)["status"] == "cancelled"
         took = time.monotonic() - began
         assert [pid for pid, started in tree.items() if processes.start_time(pid) == started] == []
         assert processes.marked(job_id) == set()
@@ -114,26 +114,26 @@ def test_cancel_ends_every_descendant(server: Server, figure) -> None:
         figure(f"7. tree of 5, stubborn={stubborn}: cancelled after {took:.2f} s (grace {grace:.0f} s), 0 survivors")
 
 
-def test_a_cooperative_cancel_is_quick(server: Server, figure) -> None:
+def test_a_cooperative_cancel_is_quick(shared: Server, figure) -> None:
     took = []
     for _ in range(4 if QUICK else 20):
-        job_id = server.submit(steps=10_000, seconds=0.05)
-        until(lambda job_id=job_id: server.job(job_id)["progress"]["step"] > 1, 30)
+        job_id = shared.submit(steps=10_000, seconds=0.05)
+        until(lambda job_id=job_id: shared.job(job_id)["progress"]["step"] > 1, 30)
         began = time.monotonic()
-        server.call("POST", f"/v1/fine_tuning/jobs/{job_id}/cancel")
-        server.wait(job_id)
+        shared.call("POST", f"/v1/fine_tuning/jobs/{job_id}/cancel")
+        shared.wait(job_id)
         took.append(time.monotonic() - began)
     p95 = statistics.quantiles(took, n=20)[-1] if len(took) > 1 else took[0]
     figure(f"7. cooperative cancel, {len(took)} times: p95 {p95:.2f} s (target 1 s)")
     assert p95 <= 1.0
 
 
-def test_a_second_server_names_the_first(server: Server, home: Path) -> None:
-    assert server.process is not None
+def test_a_second_server_names_the_first(shared: Server) -> None:
+    assert shared.process is not None
     twin = subprocess.run(
         [sys.executable, "-m", "service.cli", "serve", "--port", "0"],
-        env=server.environment, capture_output=True, timeout=60, text=True, cwd=Path(__file__).parents[2],
+        env=shared.environment, capture_output=True, timeout=60, text=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert twin.returncode != 0
-    assert f"process {server.process.pid}" in twin.stdout + twin.stderr
-    assert server.ready()
+    assert f"process {shared.process.pid}" in twin.stdout + twin.stderr
+    assert shared.ready()
