@@ -321,17 +321,29 @@ def test_an_adapter_can_stay_trainable(foreign: Path) -> None:
 
 
 @pytest.mark.slow
+@torch.no_grad()
 def test_merged_is_adapter_on_the_real_model(tmp_path: Path) -> None:
+    """Exact arithmetic agrees within 1e-4; float32 adds no more than its own rounding of this model, which is as much.
+
+    SmolLM2's float32 forward is itself about 1e-4 from its float64 forward on ordinary text (logits up to 38).
+    """
     model, tokenizer = tuned("smollm2-135m-instruct", target_modules="all-linear")
+    torch.manual_seed(8)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data.mul_(0.1)
-            assert "lora_" in name
-    expected = logits(model)
-    assert (expected - logits(load("smollm2-135m-instruct").model)).abs().max() > 1e-2
+        if "lora_B" in name:
+            parameter.copy_(torch.randn_like(parameter) * 0.003)  # about what training leaves
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = torch.tensor([tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)])
+    expected = model(input_ids=ids).logits
+    base = load("smollm2-135m-instruct").model(input_ids=ids).logits
+    assert (expected - base).abs().max() > 0.1
     adapter = save_adapter(model, tmp_path / "a", card={"base": "smollm2-135m-instruct"})
-    merged = save_merged(model, tokenizer, tmp_path / "m", card={"base": "smollm2-135m-instruct"})
-    assert torch.equal(logits(model), expected)
-    assert torch.equal(logits(load("smollm2-135m-instruct", adapter=adapter).model), expected)
-    difference = (logits(load(str(merged)).model) - expected).abs().max()
-    assert difference < 1e-4, difference
+    merged = load(str(save_merged(model, tokenizer, tmp_path / "m", card={"base": "smollm2-135m-instruct"}))).model
+    assert torch.equal(model(input_ids=ids).logits, expected)
+    assert torch.equal(load("smollm2-135m-instruct", adapter=adapter).model(input_ids=ids).logits, expected)
+
+    single = (merged(input_ids=ids).logits - expected).abs().max()
+    exact = model.double()(input_ids=ids).logits
+    rounding = (expected - exact).abs().max()
+    assert (merged.double()(input_ids=ids).logits - exact).abs().max() < 1e-4
+    assert single < 4 * rounding < 1e-3
