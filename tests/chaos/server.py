@@ -35,12 +35,14 @@ def until(condition: Callable[[], Any], seconds: float, what: str = "it") -> Any
 class Server:
     """``gradhelm serve`` on one port and one data folder, over as many lives as the test takes."""
 
-    def __init__(self, home: Path, **settings: Any) -> None:
+    def __init__(self, home: Path, *, real: bool = False, **settings: Any) -> None:
         self.home = home
         self.home.mkdir(parents=True, exist_ok=True)
         self.port = 0
         self.process: subprocess.Popen[bytes] | None = None
-        values = {"jobs": {"run_argv": STANDIN, "validate_argv": STANDIN, "max_running": 4, "poll_seconds": 0.1}}
+        values: dict[str, dict[str, Any]] = {"jobs": {"max_running": 4, "poll_seconds": 0.1}}
+        if not real:
+            values["jobs"] |= {"run_argv": STANDIN, "validate_argv": STANDIN}
         for name, value in settings.items():
             values.setdefault(name, {}).update(value)
         self.environment = {

@@ -3,7 +3,8 @@
 The training file says how to behave; its first line is a JSON object:
 ``steps`` (default 3), ``seconds`` a step (0.01), ``save_every`` (1), ``end`` one of ``ok``, ``exit:N``, ``signal:N``,
 ``value_error``, ``memory``, ``print:N`` (bytes), and ``stubborn`` (ignores SIGTERM), ``tree`` (starts descendants),
-``fail_attempts`` (ends badly only in that many first attempts; counted in a file, so it survives the process).
+``lines`` (prints so many, numbered, 5,000 a second), ``fail_attempts`` (ends badly only in that many first attempts;
+counted in a file, so it survives the process).
 
 As ``standin.py --model ...`` it is the validator: the line ``"valid": false`` makes it refuse the file.
 """
@@ -127,6 +128,11 @@ def run() -> int:
             where = Path("checkpoints") / f"step-{step:08d}"
             (where / "adapter").mkdir(parents=True, exist_ok=True)
             events.emit("artifact", artifact="checkpoint", path=str(where.resolve()), step=step, servable=True)
+    began = time.monotonic()
+    for number in range(wanted.get("lines", 0)):
+        print(f"line {number:06d}", flush=number % 50 == 49)
+        if number % 50 == 49:
+            time.sleep(max(0.0, began + number / 5000 - time.monotonic()))
     how = wanted.get("end", "ok")
     if how.startswith("print:"):
         line = b"y" * 79 + b"\n"
