@@ -111,7 +111,7 @@ def _print_stream(client: Client, body: dict[str, Any]) -> None:
     if finish == "length":
         note("(cut off at the token limit: --max-tokens allows more)")
     if receipt:
+        shift = receipt.get("mean_relative_shift") or 0.0
         note(
-            f"(steered layers {receipt.get('layers')}, {receipt.get('tokens')} tokens, "
-            f"mean relative shift {receipt.get('mean_relative_shift')})"
+            f"(steered layers {receipt.get('layers')}, {receipt.get('tokens')} tokens, mean relative shift {shift:.3g})"
         )

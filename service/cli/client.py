@@ -224,7 +224,7 @@ class Client:
                 f"No server answers at {self.url}.\n"
                 "Start one with `gradhelm serve`, or name another with --url or GRADHELM_URL."
             )
-        return ServerGone(f"The connection to {self.url} broke ({type(error).__name__}): try again.")
+        return ServerGone(f"The connection to {self.url} broke ({type(error).__name__}).\nTry again.")
 
     def _refused(self, response: httpx.Response) -> ServerRefused:
         try:

@@ -7,7 +7,7 @@ that arrived (Last-Event-ID), so that no event is shown twice and none is missin
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from rich.text import Text
 
 from service.cli.client import Client
 from service.cli.errors import ServerGone, ServerRefused
-from service.cli.output import emit, err, out, when
+from service.cli.output import emit, note, out, when
 
 BAD = frozenset({"failed", "cancelled"})
 SETTLED = BAD | {"succeeded", "paused"}
@@ -33,6 +33,9 @@ class View(AbstractContextManager["View"], Protocol):
 
     def event(self, event: dict[str, Any]) -> None:
         """A new event of the job."""
+
+    def say(self, message: str) -> None:
+        """A word to the person watching."""
 
 
 class JsonView:
@@ -52,6 +55,10 @@ class JsonView:
     def event(self, event: dict[str, Any]) -> None:
         """One line."""
         emit(event, indent=None)
+
+    def say(self, message: str) -> None:
+        """On stderr."""
+        note(message)
 
 
 class LineView:
@@ -75,6 +82,10 @@ class LineView:
     def event(self, event: dict[str, Any]) -> None:
         """Time, level and message."""
         print(line(event), flush=True)
+
+    def say(self, message: str) -> None:
+        """On stderr."""
+        note(message)
 
 
 class BarView:
@@ -115,6 +126,10 @@ class BarView:
         self._advance(data)
         if event.get("type") != "metrics":
             self.progress.console.print(Text(line(event)))
+
+    def say(self, message: str) -> None:
+        """Above the bar."""
+        self.progress.console.print(Text(message, style="yellow"))
 
     def _advance(self, data: dict[str, Any]) -> None:
         for name, label in (("train_loss", "loss"), ("valid_loss", "held-out loss")):
@@ -159,10 +174,11 @@ class Patience:
 
     Args:
         seconds: the longest silence.
+        say: tells the person watching.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float, say: Callable[[str], None]) -> None:
+        self.seconds, self.say = seconds, say
         self.since: float | None = None
 
     def reset(self) -> None:
@@ -175,8 +191,7 @@ class Patience:
             raise error
         if self.since is None:
             self.since = time.monotonic()
-            first = error.message.splitlines()[0]
-            err().print(Text(f"{first} Trying again for {self.seconds:g} s.", style="yellow"))
+            self.say(f"{error.message.splitlines()[0]} Trying again for {self.seconds:g} s.")
         if time.monotonic() - self.since >= self.seconds:
             raise error
 
@@ -197,7 +212,7 @@ def follow(client: Client, route: str, view: View, *, retry_for: float = RETRY_F
         ServerGone: the server did not answer for ``retry_for`` seconds.
     """
     last_id: str | None = None
-    patience = Patience(retry_for)
+    patience = Patience(retry_for, view.say)
     with view:
         while True:
             try:
@@ -247,7 +262,7 @@ def pieces(client: Client, route: str, *, wait: bool, retry_for: float = RETRY_F
             yield {"offset": 0, "text": response.read().decode("utf-8", errors="replace")}
         return
     last_id: str | None = None
-    patience = Patience(retry_for)
+    patience = Patience(retry_for, note)
     while True:
         try:
             for event in client.events("GET", route, params={"stream": "true"}, last_id=last_id):
