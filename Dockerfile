@@ -5,8 +5,9 @@
 #   docker run -d --name gradhelm -p 127.0.0.1:8000:8000 -v gradhelm:/data --stop-timeout 300 gradhelm
 #   docker exec gradhelm gradhelm doctor
 #
-# `docker stop` sends SIGTERM: running jobs write a checkpoint and go on from it after the next start. Give that time with
-# --stop-timeout, in seconds: the grace time of your longest job, as the job itself shows it.
+# `docker stop` sends SIGTERM: running jobs write a checkpoint and go on from it after the next start. They get
+# GRADHELM_JOBS__STOP_SECONDS for that; --stop-timeout must be a little more, and the grace time of your longest job (shown
+# on the job itself) less.
 
 FROM python:3.11-slim-bookworm AS build
 # What torch is made for: cpu, or a CUDA version such as cu128. The other packages are the same.
@@ -36,6 +37,8 @@ RUN apt-get update \
 COPY --from=build /opt/gradhelm /opt/gradhelm
 ENV PATH=/opt/gradhelm/bin:$PATH \
     GRADHELM_HOME=/data \
+    GRADHELM_JOBS__END_WITH_SERVER=true \
+    GRADHELM_JOBS__STOP_SECONDS=240 \
     HF_HUB_DISABLE_TELEMETRY=1 \
     OMP_WAIT_POLICY=PASSIVE \
     PYTHONUNBUFFERED=1
