@@ -38,8 +38,8 @@ def copy(tmp_path: Path) -> Path:
 
 
 def tracked() -> list[str]:
-    """Hand-written files: what git tracks or would track."""
-    argv = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    """Hand-written files: what git tracks."""
+    argv = ["git", "ls-files"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False, timeout=20)
     return done.stdout.splitlines() or [path.relative_to(ROOT).as_posix() for path in sources(ROOT)]
 
