@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import (
     BaseSettings,
@@ -160,6 +161,12 @@ def load_settings(file: Path | None = None) -> Settings:
         return Settings()
     if not file.is_file():
         raise ValueError(f"no settings file at {file}")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid YAML: {error}") from None
+    if content is not None and not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a mapping of settings")
 
     class FromFile(Settings):
         model_config = SettingsConfigDict(yaml_file=file)

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from service.api import generation, streams
 from service.api.deps import needs
-from service.api.docs import errors_of
+from service.api.docs import SSE, errors_of
 from service.api.drain import Draining
 from service.api.errors import bad_request, body, busy, engine_body
 from service.api.formats import ChatFormat, Format, TextFormat
@@ -28,7 +28,6 @@ router = APIRouter(tags=["generation"])
 
 Item = tuple[int, Chunk] | None
 Source = AsyncGenerator[Item, None]
-_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 COMPLETION_TOKENS = 16
 """OpenAI's default length of `/v1/completions`."""
 
@@ -36,7 +35,7 @@ COMPLETION_TOKENS = 16
 @router.post(
     "/v1/chat/completions",
     response_model=ChatCompletion,
-    responses={200: {"content": _STREAM}, **errors_of(400, 404, 409, 422, 429, 503)},
+    responses={200: {"content": SSE}, **errors_of(400, 404, 409, 422, 429, 503)},
 )
 @needs("generate")
 async def chat_completions(request: Request, wanted: ChatRequest) -> Response:
@@ -55,7 +54,7 @@ async def chat_completions(request: Request, wanted: ChatRequest) -> Response:
 @router.post(
     "/v1/completions",
     response_model=Completion,
-    responses={200: {"content": _STREAM}, **errors_of(400, 404, 409, 422, 429, 503)},
+    responses={200: {"content": SSE}, **errors_of(400, 404, 409, 422, 429, 503)},
 )
 @needs("generate")
 async def completions(request: Request, wanted: CompletionRequest) -> Response:

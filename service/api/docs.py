@@ -30,6 +30,17 @@ _EVERYWHERE = (400, 401, 403, 405, 413, 500, 503)
 _PUBLIC = (400, 403, 405, 413, 500)
 
 
+SSE: dict[str, Any] = {
+    "text/event-stream": {
+        "itemSchema": {
+            "type": "object",
+            "properties": {"data": {"type": "string"}, "event": {"type": "string"}, "id": {"type": "string"}},
+        }
+    }
+}
+"""Content of a response that may be a stream of server-sent events."""
+
+
 def errors_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Responses for a route's decorator, all in the error shape."""
     return {status: {"model": ErrorAnswer, "description": _MEANING[status]} for status in statuses}

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from service.api import streams
 from service.api.deps import needs
-from service.api.docs import errors_of
+from service.api.docs import SSE, errors_of
 from service.api.drain import Draining
 from service.api.errors import APIError, bad_request
 from service.api.fine_tuning import known_id, listing
@@ -30,7 +30,6 @@ SETTLED = TERMINAL | {"paused"}
 POLL_SECONDS = 0.25
 PING_SECONDS = 15.0
 _PAGE = 500
-_SSE = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
 def wire(row: JobEvent) -> EventObject:
@@ -60,7 +59,7 @@ def _seq(text: str | None, job_id: str, param: str) -> int | None:
 @router.get(
     "/v1/fine_tuning/jobs/{fine_tuning_job_id}/events",
     response_model=Listing[EventObject],
-    responses={200: {"content": _SSE}, **errors_of(404, 429)},
+    responses={200: {"content": SSE}, **errors_of(404, 429)},
 )
 @needs("read")
 async def list_events(

@@ -17,7 +17,7 @@ from starlette.responses import Response, StreamingResponse
 
 from service.api import streams
 from service.api.deps import needs
-from service.api.docs import errors_of
+from service.api.docs import SSE, errors_of
 from service.api.drain import Draining
 from service.api.errors import APIError, bad_request
 from service.api.fine_tuning import known_id
@@ -29,10 +29,7 @@ from service.security.paths import inside
 router = APIRouter(tags=["fine-tuning"])
 PIECE = 64 * 1024
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})", re.ASCII)
-_TEXT = {
-    "text/plain": {"schema": {"type": "string"}},
-    "text/event-stream": {"schema": {"type": "string"}},
-}
+_TEXT = {"text/plain": {"schema": {"type": "string"}}, **SSE}
 
 
 @router.get(

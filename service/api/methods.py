@@ -43,13 +43,15 @@ def chosen(wanted: CreateJob) -> tuple[str, dict[str, Any]]:
             code="unknown_method",
         )
     extra = {key: value for key, value in (wanted.method.model_extra or {}).items() if value is not None}
-    settings = extra.pop(kind, None) or {}
+    settings = extra.pop(kind, {})
     for key in extra:
         message = f"method holds settings of {key[:64]!r}, but its type is {kind!r}."
         raise bad_request(message, param=f"method.{key[:64]}", code="unsupported_parameter")
     if not isinstance(settings, dict) or set(settings) - {"hyperparameters"}:
         raise bad_request(f'method.{kind} must be {{"hyperparameters": {{...}}}}.', param=f"method.{kind}")
-    hyperparameters = settings.get("hyperparameters") or {}
+    hyperparameters = settings.get("hyperparameters")
+    if hyperparameters is None:
+        return name, {}
     if not isinstance(hyperparameters, dict):
         raise bad_request("hyperparameters must be an object.", param=f"method.{kind}.hyperparameters")
     return name, dict(hyperparameters)

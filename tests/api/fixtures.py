@@ -17,7 +17,7 @@ from service.settings import LimitSettings, Settings
 from tests.contract.base import BASE, make_base
 
 HOST = "127.0.0.1:8000"
-structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
 
 
 class IdleScheduler:

@@ -26,7 +26,7 @@ from tests.api.live import serving
 from tests.contract.base import BASE, make_base
 
 STANDIN = Path(__file__).parent.parent / "chaos" / "standin.py"
-structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
 SETTLED = ("succeeded", "failed", "cancelled", "paused")
 
 

@@ -36,8 +36,8 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Int = Annotated[int, BeforeValidator(_whole)]
-"""A whole number; 8.0 is one too, as JSON Schema has it and JavaScript sends it."""
+Whole = BeforeValidator(_whole)
+"""Behind an integer's limits: 8.0 is a whole number too, as JSON Schema has it and JavaScript sends it."""
 
 _NO_NUL: dict[str, Any] = {"pattern": r"^[^\u0000]*$"}
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from service.api.schemas.common import Answer, Body, Int, Metadata, Name, Text, without_null_extras
+from service.api.schemas.common import Answer, Body, Metadata, Name, Text, Whole, without_null_extras
 
 Stop = Annotated[list[Annotated[Text, Field(min_length=1, max_length=256)]], Field(max_length=4)]
 
@@ -22,9 +22,9 @@ class VectorUse(Body):
     strength: float = Field(
         1.0, ge=-1e6, le=1e6, description="Plain multiplier on the stored directions; its sign is its direction."
     )
-    layers: Annotated[list[Annotated[Int, Field(ge=0, le=10_000)]], Field(min_length=1, max_length=512)] | None = Field(
-        None, description="0-based blocks whose output is changed; none means every layer the vector has."
-    )
+    layers: (
+        Annotated[list[Annotated[int, Field(ge=0, le=10_000), Whole]], Field(min_length=1, max_length=512)] | None
+    ) = Field(None, description="0-based blocks whose output is changed; none means every layer the vector has.")
     positions: Literal["all", "prompt", "generated"] = Field("all", description="Which tokens are touched.")
 
 
@@ -55,11 +55,11 @@ class GenerationRequest(Body):
     """What chat completions and completions share."""
 
     model: Name = Field(description="A base model, `ft:...`, or `ft:...:ckpt-step-N`.")
-    n: Annotated[Int, Field(ge=1, le=128)] | None = Field(None, description="Choices; default 1.")
-    max_tokens: Annotated[Int, Field(ge=1)] | None = Field(None, description="Most tokens to generate.")
+    n: Annotated[int, Field(ge=1, le=128), Whole] | None = Field(None, description="Choices; default 1.")
+    max_tokens: Annotated[int, Field(ge=1), Whole] | None = Field(None, description="Most tokens to generate.")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0 is greedy; default 1.")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Nucleus mass; default 1.")
-    seed: Annotated[Int, Field(ge=-(2**63), lt=2**63)] | None = Field(
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), Whole] | None = Field(
         None, description="Makes sampling repeatable; choice i uses seed + i."
     )
     stop: Annotated[Stop | None, BeforeValidator(_listed)] = Field(
@@ -117,11 +117,11 @@ class ChatRequest(GenerationRequest):
     """Body of `POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
-    max_completion_tokens: Annotated[Int, Field(ge=1)] | None = Field(
+    max_completion_tokens: Annotated[int, Field(ge=1), Whole] | None = Field(
         None, description="The newer name of max_tokens; give one of them."
     )
     logprobs: bool | None = Field(None, description="Return the log-probability of each token.")
-    top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = Field(None, description="Alternatives per token.")
+    top_logprobs: Annotated[int, Field(ge=0, le=20), Whole] | None = Field(None, description="Alternatives per token.")
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
@@ -138,7 +138,7 @@ class CompletionRequest(GenerationRequest):
     prompt: Annotated[str | Annotated[list[Text], Field(min_length=1, max_length=1)], Field()] = Field(
         description="The text to go on from, or a list of one."
     )
-    logprobs: Annotated[Int, Field(ge=0, le=20)] | None = Field(None, description="Alternatives per token.")
+    logprobs: Annotated[int, Field(ge=0, le=20), Whole] | None = Field(None, description="Alternatives per token.")
     echo: Literal[False] | None = Field(None, description="Only false is built.")
 
 

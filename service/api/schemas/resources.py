@@ -6,7 +6,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import Field
 
-from service.api.schemas.common import Answer, Body, Int, Metadata, Name, Text
+from service.api.schemas.common import Answer, Body, Metadata, Name, Text, Whole
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ class CreateJob(Body):
     suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] | None = Field(
         None, description="Part of the new model's name: 1 to 64 letters, digits, `_`, `.`, `-`."
     )
-    seed: Annotated[Int, Field(ge=0, le=2147483647)] | None = Field(None, description="Drawn when not given.")
+    seed: Annotated[int, Field(ge=0, le=2147483647), Whole] | None = Field(None, description="Drawn when not given.")
     metadata: Metadata | None = Field(None, description="Up to 16 pairs to find the job by.")
     integrations: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="None are built.")
 
@@ -146,15 +146,17 @@ class FitVector(Body):
     training_file: Name = Field(description="Id of an uploaded file: rows with `positive` and `negative`.")
     method: Name = Field("mean_difference", description="Fitting method.")
     name: Annotated[Text, Field(min_length=1, max_length=64)] | None = Field(None, description="Shown in lists.")
-    layers: Annotated[list[Annotated[Int, Field(ge=0, le=10_000)]], Field(min_length=1, max_length=512)] | None = Field(
-        None, description="0-based blocks to fit; none means all."
-    )
-    seed: Annotated[Int, Field(ge=0, le=2147483647)] | None = Field(None, description="Drawn when not given.")
+    layers: (
+        Annotated[list[Annotated[int, Field(ge=0, le=10_000), Whole]], Field(min_length=1, max_length=512)] | None
+    ) = Field(None, description="0-based blocks to fit; none means all.")
+    seed: Annotated[int, Field(ge=0, le=2147483647), Whole] | None = Field(None, description="Drawn when not given.")
     metadata: Metadata | None = None
     site: Literal["block", "attention", "mlp"] | None = Field(None, description="Whose output is compared.")
     positions: Literal["last", "answer", "all"] | None = Field(None, description="Tokens that count.")
-    batch_size: Annotated[Int, Field(ge=1, le=256)] | None = Field(None, description="Texts in one forward pass.")
-    max_length: Annotated[Int, Field(ge=2, le=131072)] | None = Field(None, description="Longest row in tokens.")
+    batch_size: Annotated[int, Field(ge=1, le=256), Whole] | None = Field(
+        None, description="Texts in one forward pass."
+    )
+    max_length: Annotated[int, Field(ge=2, le=131072), Whole] | None = Field(None, description="Longest row in tokens.")
     dtype: Literal["float32", "bfloat16"] | None = Field(None, description="What the model computes in.")
 
 
@@ -184,7 +186,9 @@ class CreateKey(Body):
 
     name: Annotated[Text, Field(min_length=1, max_length=255)] = Field(description="What the key is for.")
     scopes: Annotated[list[Literal["read", "jobs", "generate", "admin"]], Field(min_length=1, max_length=4)]
-    expires_at: Annotated[Int, Field(ge=0, lt=2**53)] | None = Field(None, description="Seconds since the epoch.")
+    expires_at: Annotated[int, Field(ge=0, lt=2**53), Whole] | None = Field(
+        None, description="Seconds since the epoch."
+    )
 
 
 class KeyObject(Answer):
