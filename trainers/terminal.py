@@ -49,6 +49,9 @@ def line(kind: str, data: dict[str, Any]) -> str:
     Returns:
         The line, without a newline.
     """
+    if kind == "progress":
+        left = "" if data["eta_seconds"] is None else f", {data['eta_seconds']:.0f} s left"
+        return f"progress: step {data['step']} of {data['total_steps']}{left}"
     values = [f"{name} {_short(value)}" for name, value in data.items() if value not in (None, {}, [])]
     return f"{kind}: {', '.join(values)}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -81,18 +82,21 @@ def attach(model: PreTrainedModel, config: LoraConfig, context: TrainContext) ->
         for target in targets:
             if not any(name == target or name.endswith(f".{target}") for name in modules):
                 raise ValueError(f"targets: no module is called {target!r}; linear layers here: {', '.join(linear)}")
-    adapted = peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=targets,
-            use_rslora=config.rslora,
-            use_dora=config.dora,
-        ),
-    )
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5.23 by a name that the latter is about to drop; goes with a PEFT that does not.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        adapted = peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                task_type="CAUSAL_LM",
+                r=config.rank,
+                lora_alpha=config.alpha,
+                lora_dropout=config.dropout,
+                target_modules=targets,
+                use_rslora=config.rslora,
+                use_dora=config.dora,
+            ),
+        )
     if context.activation_checkpointing:
         # The frozen embeddings' output does not require gradients, and a recomputed block whose input does not would
         # pass none to the adapter inside it.
