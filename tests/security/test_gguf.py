@@ -168,6 +168,7 @@ def mutate(raw: bytes, rng: random.Random) -> bytes:
     """One to four changes of bytes, numbers, lengths, or a cut."""
     changed = bytearray(raw)
     for _ in range(rng.randint(1, 4)):
+        changed = changed or bytearray(b"G")
         where = rng.randrange(max(1, len(changed) - 1500))
         kind = rng.randrange(5)
         if kind == 0:
@@ -179,7 +180,7 @@ def mutate(raw: bytes, rng: random.Random) -> bytes:
         elif kind == 3:
             del changed[where : where + rng.randrange(64)]
         else:
-            changed = changed[: rng.randrange(len(changed) + 1)] or bytearray(b"G")
+            changed = changed[: rng.randrange(len(changed) + 1)]
     return bytes(changed)
 
 
