@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from service.cli import checks
+from service.jobs.lock import FolderLock
 from tests.unit.service.cli.conftest import Run
 
 
@@ -63,15 +63,16 @@ def test_a_taken_port_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_running_server_is_found_and_its_lock_left_alone(data: Path) -> None:
     assert "none runs" in checks.server().found
-    lock = data / "server.lock"
-    lock.write_text(f"{os.getpid()}\n")
-    assert "none runs" in checks.server().found
-    with lock.open("rb") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    lock = FolderLock(data)
+    lock.acquire()
+    try:
         assert f"process {os.getpid()} serves" in checks.server().found
-    with lock.open("rb") as again:
-        fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    lock.write_text("not a number")
+    finally:
+        lock.release()
+    assert "none runs" in checks.server().found
+    lock.acquire()
+    lock.release()
+    (data / "server.lock").write_text("not JSON")
     assert "none runs" in checks.server().found
 
 
