@@ -37,6 +37,9 @@ def create_app(settings: Settings, *, engine: Engine | None = None, scheduler: S
         settings: The configuration.
         engine: What generates text; none builds the pool of engine processes.
         scheduler: What runs jobs; none builds the one of this data folder.
+
+    Returns:
+        The app; it opens nothing but its database engine until its lifespan starts.
     """
     app = FastAPI(
         title="Gradhelm",

@@ -154,6 +154,9 @@ def load_settings(file: Path | None = None) -> Settings:
     Args:
         file: YAML file; none means environment and defaults only.
 
+    Returns:
+        The settings.
+
     Raises:
         ValueError: The file is missing, is not YAML, or holds an unknown key or a value out of range.
     """

@@ -23,6 +23,9 @@ def pieces(folder: Path) -> Iterator[bytes]:
 
     Args:
         folder: Its files become members named relative to it.
+
+    Yields:
+        bytes: headers, contents and padding, at most a megabyte at a time.
     """
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
     for path in files:
@@ -46,6 +49,9 @@ def tar_of(folder: Path, name: str) -> Response:
     Args:
         folder: What to send.
         name: The model's id; characters that a file name should not have become `-`.
+
+    Returns:
+        The response.
     """
     shown = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name)
     headers = {"Content-Disposition": f'attachment; filename="{shown}.tar"'}

@@ -52,6 +52,9 @@ def describe(app: FastAPI, public: frozenset[str]) -> dict[str, Any]:
     Args:
         app: The app.
         public: Paths that answer without a key.
+
+    Returns:
+        The document.
     """
     document = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes, tags=app.openapi_tags

@@ -64,6 +64,14 @@ def wire(row: File) -> FileObject:
 def find(db: Database, file_id: str, *, param: str | None = "file_id") -> File:
     """The row of a file.
 
+    Args:
+        db: The database.
+        file_id: The id as it was asked for.
+        param: The parameter that held it, for the error.
+
+    Returns:
+        The row, detached.
+
     Raises:
         APIError: 404 when there is none.
     """

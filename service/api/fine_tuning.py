@@ -105,6 +105,9 @@ def submit(store: JobStore, new: NewJob, check: Any, *, idempotency_key: str | N
         check: Called before the job is written; raises what is wrong with the request.
         idempotency_key: The request's key, if any.
         retry_count: The SDK's retry count.
+
+    Returns:
+        The new job, or the earlier one that this request repeats.
     """
     reservation: str | None = None
     if idempotency_key is not None:
@@ -123,6 +126,12 @@ def submit(store: JobStore, new: NewJob, check: Any, *, idempotency_key: str | N
 
 def check_data(db: Database, file_id: str, param: str, purposes: tuple[str, ...]) -> None:
     """Refuse a file that does not exist or is for something else.
+
+    Args:
+        db: The database.
+        file_id: The id as it was asked for.
+        param: The parameter that held it, for the error.
+        purposes: What the file may be for; the first is named as the cure.
 
     Raises:
         APIError: 404 or 400.

@@ -93,6 +93,9 @@ def opened(request: Request, source: Callable[[], AsyncGenerator[bytes, None]]) 
         request: The request.
         source: Makes the encoded events.
 
+    Returns:
+        The response.
+
     Raises:
         APIError: 429 when too many are open.
     """

@@ -89,6 +89,14 @@ async def choices(
 ) -> AsyncGenerator[tuple[int, Chunk] | None, None]:
     """Chunks of all choices as they come, with the choice's index; none after a while without one (send a ping).
 
+    Args:
+        engine: What generates.
+        wanted: One request a choice.
+        draining: The stop of the server; when its grace is over, this ends with 503.
+
+    Yields:
+        tuple[int, Chunk] | None: the choice and its chunk.
+
     Raises:
         EngineError: The first error of any choice; the others are closed.
     """
@@ -223,6 +231,13 @@ async def collect(source: AsyncGenerator[tuple[int, Chunk] | None, None], count:
 
 async def unless_left(request: HTTPRequest, work: Coroutine[Any, Any, T]) -> T:
     """The result of ``work``, which is cancelled as soon as the client goes away.
+
+    Args:
+        request: The request, its body read.
+        work: What to wait for.
+
+    Returns:
+        What `work` returns.
 
     Raises:
         ClientDisconnect: The client went away.

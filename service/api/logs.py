@@ -79,6 +79,14 @@ async def get_logs(
 def _range(wanted: str | None, first: int, end: int) -> tuple[int, int, bool]:
     """Begin, end and whether it is a part; what is no single byte range is ignored, as HTTP says.
 
+    Args:
+        wanted: The Range header.
+        first: First byte that is there.
+        end: Where the log ends.
+
+    Returns:
+        First byte, one past the last byte, and whether it is a part.
+
     Raises:
         APIError: 416 when nothing of the range exists.
     """

@@ -27,6 +27,12 @@ def run_fields() -> frozenset[str]:
 def chosen(wanted: CreateJob) -> tuple[str, dict[str, Any]]:
     """The method's name and the hyperparameters as asked.
 
+    Args:
+        wanted: The request.
+
+    Returns:
+        Name in METHODS, and hyperparameters, not checked yet.
+
     Raises:
         APIError: 400 for a method that does not exist, or a malformed `method`.
     """
@@ -65,6 +71,9 @@ def check(name: str, hyperparameters: dict[str, Any], *, where: str, validated: 
         hyperparameters: As asked.
         where: Dotted name of the object that held them, for errors.
         validated: Whether the job has a validation file; some settings need one.
+
+    Returns:
+        What to store as the job's resolved hyperparameters.
 
     Raises:
         APIError: 400 naming the hyperparameter.

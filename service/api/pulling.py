@@ -31,6 +31,9 @@ async def pull(name: str, home: Path, draining: Draining) -> str:
         home: The data folder.
         draining: A stopping server ends the child; a later pull goes on from what is there.
 
+    Returns:
+        The name under which the model can be used.
+
     Raises:
         APIError: 400 for what is no such name or what the policy refuses, 502 when it cannot be fetched, 503 when the
             server stops.
@@ -94,6 +97,9 @@ def main(argv: list[str]) -> int:
 
     Args:
         argv: The reference.
+
+    Returns:
+        Exit code: 0 whenever there is an answer.
     """
     from core.models.resolve import resolve
 

@@ -43,6 +43,12 @@ def model_missing(name: str) -> APIError:
 def base_ref(name: str) -> ModelRef:
     """The reference of a base model as a client may write it: a catalog name or a Hub id, never a path.
 
+    Args:
+        name: As the client wrote it.
+
+    Returns:
+        The reference.
+
     Raises:
         APIError: 404 for everything else.
     """
@@ -58,6 +64,13 @@ def base_ref(name: str) -> ModelRef:
 def base_directory(name: str, home: Path) -> Path:
     """The directory of a base model that was pulled.
 
+    Args:
+        name: As the client wrote it.
+        home: The data folder.
+
+    Returns:
+        Where its files lie.
+
     Raises:
         APIError: 404 when it was not.
     """
@@ -69,6 +82,14 @@ def base_directory(name: str, home: Path) -> Path:
 
 def target(db: Database, home: Path, name: str) -> Target:
     """What to run for a model name: a base, ``ft:...`` or ``ft:...:ckpt-step-N``.
+
+    Args:
+        db: The database.
+        home: The data folder.
+        name: As the client wrote it.
+
+    Returns:
+        Directories for the engine.
 
     Raises:
         APIError: 404 when there is no such model, or retention removed the checkpoint.
@@ -109,6 +130,14 @@ def _blocks(directory: Path) -> int | None:
 
 def steering(db: Database, spec: SteeringSpec, model: Target) -> Steering:
     """The engine's form of a steering object, once every vector exists, fits the model and has the layers.
+
+    Args:
+        db: The database.
+        spec: The request's steering object.
+        model: What it is to steer.
+
+    Returns:
+        Paths, strengths, layers and positions.
 
     Raises:
         APIError: 404 unknown vector, 400 vector of another model or layer out of range.

@@ -29,6 +29,9 @@ def event(data: dict[str, Any], *, name: str | None = None, identifier: str | No
         data: JSON without NaN.
         name: Event name; none is ``message``.
         identifier: What a reader sends back as ``Last-Event-ID``.
+
+    Returns:
+        The event, closed by an empty line.
     """
     lines = [] if name is None else [f"event: {name}"]
     lines.append(f"data: {json.dumps(data, separators=(',', ':'), ensure_ascii=True, allow_nan=False)}")
@@ -76,6 +79,9 @@ async def primed(
     Args:
         source: The items; closed by the response, or here when there is no first item.
         render: Turns all items, the first one too, into bytes.
+
+    Returns:
+        The response.
 
     Raises:
         EngineUnavailable: The source ended without an item.

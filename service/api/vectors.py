@@ -102,6 +102,13 @@ def wire_job(job: Job) -> VectorObject:
 def find(db: Database, name: str) -> Vector | Job:
     """The row of a vector, or the job that is to make it.
 
+    Args:
+        db: The database.
+        name: The id as it was asked for.
+
+    Returns:
+        The vector's row, else its job's.
+
     Raises:
         APIError: 404 when there is neither.
     """

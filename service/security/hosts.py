@@ -49,6 +49,9 @@ class HostPolicy:
             method: HTTP method.
             scheme: ``http`` or ``https``.
             headers: Header values by lower-case name.
+
+        Returns:
+            A sentence for the client, or none when the request may go on.
         """
         hosts = headers.get("host", [])
         if len(hosts) != 1 or host_name(hosts[0]) not in self.hosts:

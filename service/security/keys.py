@@ -52,6 +52,9 @@ def create(engine: Engine, name: str, scopes: Sequence[str], *, expires_at: int 
         scopes: One or more of ``read``, ``jobs``, ``generate``, ``admin``.
         expires_at: Seconds since the epoch, or none.
 
+    Returns:
+        The row, and the key.
+
     Raises:
         ValueError: A scope is unknown, there is none, or the name is empty or too long.
     """

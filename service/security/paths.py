@@ -18,6 +18,9 @@ def inside(root: Path, name: str) -> Path:
         root: An existing folder.
         name: One or more components separated by ``/``.
 
+    Returns:
+        The resolved path; it need not exist.
+
     Raises:
         ValueError: The name is empty, absolute, too long, holds a NUL, a control character or a backslash, has a
             component ``.`` or ``..``, or leads outside.

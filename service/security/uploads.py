@@ -156,6 +156,11 @@ def _boundary(content_type: str) -> bytes:
 def check_room(folder: Path, coming: int, keep: int) -> None:
     """Refuse when ``coming`` more bytes would leave less than ``keep`` free in ``folder``.
 
+    Args:
+        folder: A folder on the disk.
+        coming: Bytes to be written.
+        keep: Bytes that must stay free.
+
     Raises:
         UploadError: 507, with both numbers.
     """
@@ -177,6 +182,9 @@ async def receive(
         limit: Bytes that the file may have.
         min_free: Bytes that must stay free on the disk.
         declared: The request's Content-Length, 0 when unknown.
+
+    Returns:
+        What arrived.
 
     Raises:
         UploadError: The body is malformed, too large, or there is no room for it.

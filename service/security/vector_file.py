@@ -44,6 +44,9 @@ def read_vector(path: Path, limit: int) -> VectorFile:
         path: The file.
         limit: Bytes that it may have.
 
+    Returns:
+        What the file says of itself.
+
     Raises:
         ValueError: It is too large, no safetensors file, of another format, or holds NaN, infinity, another dtype,
             differing widths, or text that is too long to keep.
