@@ -93,6 +93,8 @@ def load(
     )
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{directory} lacks {len(missing)} of the model's weights, {missing[0]} among them")
+    if quant == "bnb-nf4":
+        _keep_layout(model)
     tokenizer = _tokenizer(directory)
     if adapter is not None:
         model = attach(model, adapter, is_trainable=is_trainable)
@@ -200,3 +202,17 @@ def _nf4(compute: Any) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
     )
+
+
+def _keep_layout(model: PreTrainedModel) -> None:
+    """Keeps bitsandbytes from repacking 4-bit layers for CPU inference.
+
+    On a CPU with AVX512-BF16 their first forward pass in eval mode would replace the weights for good by a layout that
+    computes in bfloat16 and passes no gradient: an evaluation would end the training, and the logits would differ
+    between the modes. The pass that training uses gives the same bits in both.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
