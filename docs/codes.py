@@ -90,10 +90,10 @@ def _values(tree: ast.Module, places: dict[str, int]) -> Iterator[ast.expr]:
             yield from (default for one, default in pairs if one.arg in NAMES and default is not None)
         elif isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.expr):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = [target.id.lower() for target in targets if isinstance(target, ast.Name)]
-            if any(name.endswith("codes") for name in names):
+            tables = [target.id.lower() for target in targets if isinstance(target, ast.Name)]
+            if any(name.endswith("codes") for name in tables):
                 yield from _entries(node.value)
-            elif any(name in NAMES for name in names):
+            elif any(name in NAMES for name in tables):
                 yield node.value
 
 

@@ -134,7 +134,7 @@ class _Idle:
     def start(self) -> None:
         """Nothing."""
 
-    def stop(self) -> None:
+    def stop(self, *, end_runs: bool = False, seconds: float = 60.0) -> None:
         """Nothing."""
 
     def wake(self) -> None:
@@ -195,7 +195,7 @@ def metrics() -> Iterator[Metric]:
 
     for metric in vars(Metrics()).values():
         if isinstance(metric, MetricWrapperBase):
-            described = metric.describe()[0]
+            described = next(iter(metric.describe()))
             name = f"{described.name}_total" if described.type == "counter" else described.name
             # The client offers no public way to the names of labels that have no values yet.
             yield Metric(name, described.type, tuple(metric._labelnames), described.documentation)
