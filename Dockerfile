@@ -5,6 +5,8 @@
 #   docker run -d --name gradhelm -p 127.0.0.1:8000:8000 -v gradhelm:/data --stop-timeout 300 gradhelm
 #   docker exec gradhelm gradhelm doctor
 #
+# With a GPU: add --gpus all and -e GRADHELM_ENGINE__DEVICE=cuda to `docker run`.
+#
 # `docker stop` sends SIGTERM: running jobs write a checkpoint and go on from it after the next start. They get
 # GRADHELM_JOBS__STOP_SECONDS for that; --stop-timeout must be a little more, and the grace time of your longest job (shown
 # on the job itself) less.

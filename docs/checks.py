@@ -115,6 +115,20 @@ def _gradhelm(match: re.Match[str], commands: Mapping[str, set[str]], groups: se
             yield f"`gradhelm {name}` has no option {option}"
 
 
+# Variables that are no settings of the server: the command line's, and the catalog's.
+OTHER_VARIABLES = frozenset({"GRADHELM_URL", "GRADHELM_API_KEY", "GRADHELM_WHEEL_DIR"})
+
+
+def unknown_variables(root: Path, facts: Facts) -> Iterator[str]:
+    """Environment variables in the pages, the Makefile and the Dockerfile that nothing reads."""
+    settings = facts.settings["service"].settings
+    known = {f"GRADHELM_{one.name.replace('.', '__').upper()}" for one in settings} | OTHER_VARIABLES
+    for page in [*pages(root), root / "Makefile", root / "Dockerfile"]:
+        for name in sorted(set(re.findall(r"\bGRADHELM_[A-Z_]+\b", _text(page)))):
+            if name not in known and not name.endswith("_"):
+                yield f"{page.relative_to(root)}: nothing reads {name}"
+
+
 def long_files(root: Path, files: Iterable[str]) -> Iterator[str]:
     """Hand-written files that are too long to be read at once."""
     for name in files:

@@ -178,7 +178,9 @@ def _commands(command: Any, path: tuple[str, ...]) -> Iterator[Command]:
 def _option(param: Any) -> Option:
     argument = param.param_type_name == "argument"
     flag = bool(getattr(param, "is_flag", False))
-    value = "" if flag or argument else (param.metavar or param.bare_type().upper())
+    value = (
+        "" if flag or argument else (param.metavar or param.bare_type().removeprefix("list[").removesuffix("]").upper())
+    )
     default = "required" if param.required else ("" if flag or param.default is None else str(param.default))
     names = (param.metavar or param.name.upper(),) if argument else tuple(param.opts)
     doc = (getattr(param, "help", "") or "").strip()

@@ -29,7 +29,7 @@ def facts() -> Facts:
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """The pages and the Makefile, to be spoiled; links to sources still lead somewhere."""
-    for page in [*ROOT.glob("*.md"), ROOT / "Makefile", ROOT / "LICENSE"]:
+    for page in [*ROOT.glob("*.md"), ROOT / "Makefile", ROOT / "Dockerfile"]:
         shutil.copy(page, tmp_path)
     (tmp_path / "docs").mkdir()
     for page in (ROOT / "docs").glob("*.md"):
@@ -72,6 +72,10 @@ def test_links_lead_somewhere() -> None:
 
 def test_commands_in_the_pages_exist(facts: Facts) -> None:
     assert list(checks.unknown_commands(ROOT, facts)) == []
+
+
+def test_variables_in_the_pages_are_read_by_something(facts: Facts) -> None:
+    assert list(checks.unknown_variables(ROOT, facts)) == []
 
 
 def test_no_file_is_too_long_to_read() -> None:
@@ -209,6 +213,11 @@ def test_a_command_that_does_not_exist_is_found(copy: Path, facts: Facts, text: 
     assert len(found) == 1
     assert found[0].startswith("NEW.md: ")
     assert problem in found[0]
+
+
+def test_a_variable_that_nothing_reads_is_found(copy: Path, facts: Facts) -> None:
+    (copy / "NEW.md").write_text("`GRADHELM_PORT=1`, `GRADHELM_ENGINE__ROWS=2`, `GRADHELM_ENGINE__COLUMNS=3`\n")
+    assert list(checks.unknown_variables(copy, facts)) == ["NEW.md: nothing reads GRADHELM_ENGINE__COLUMNS"]
 
 
 def test_a_long_file_is_found(tmp_path: Path) -> None:
