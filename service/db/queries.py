@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, func, select, update
+from sqlalchemy import ColumnElement, ScalarSelect, func, select, update
 from sqlalchemy.orm import Session
 
 from service.db.tables import Checkpoint, Job, JobEvent
@@ -56,7 +56,8 @@ def jobs_page(
 
 def _metadata_is(name: str, value: str, sqlite: bool) -> ColumnElement[bool]:
     if not sqlite:
-        return Job.metadata_[name].as_string() == value
+        there: ColumnElement[bool] = Job.metadata_[name].as_string() == value
+        return there
     # SQLite's JSON paths cannot name a key that holds a quote; json_each compares keys as plain text.
     pair = func.json_each(Job.metadata_).table_valued("key", "value")
     return select(1).select_from(pair).where(pair.c.key == name, pair.c.value == value).exists()
@@ -107,13 +108,14 @@ def checkpoints_page(
     return session.scalars(query).all()
 
 
-def _oldest_free(status: str, now: float) -> Select[tuple[int]]:
+def _oldest_free(status: str, now: float) -> ScalarSelect[int]:
     return (
         select(Job.number)
         .where(Job.status == status, Job.lease_token.is_(None), Job.not_before <= now)
         .order_by(Job.number)
         .limit(1)
         .with_for_update(skip_locked=True)  # PostgreSQL; SQLite's BEGIN IMMEDIATE has the whole file already
+        .scalar_subquery()
     )
 
 
@@ -140,7 +142,7 @@ def claim(session: Session, *, status: str, target: str, owner: str, now: float,
     }
     if target == "running":
         values["started_at"] = func.coalesce(Job.started_at, int(now))
-    free = (Job.number == _oldest_free(status, now).scalar_subquery(), Job.status == status, Job.lease_token.is_(None))
+    free = (Job.number == _oldest_free(status, now), Job.status == status, Job.lease_token.is_(None))
     return session.scalars(
         update(Job).where(*free).values(values).returning(Job), execution_options=_PLAIN
     ).one_or_none()

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from service.db import queries
 from service.db.engine import read, write
-from service.db.tables import Checkpoint, Job, JobEvent
+from service.db.tables import Checkpoint, Idempotency, Job, JobEvent
 from service.jobs import idempotency
 from service.jobs.records import Created, Event, NewJob, Page, StaleWrite, UnknownJob, new_id
 from service.jobs.states import ACTIVE, TERMINAL, IllegalTransition, check
@@ -464,7 +464,7 @@ class JobStore:
     def prune_idempotency(self) -> None:
         """Forget idempotency keys older than 24 hours."""
         with write(self.engine) as session:
-            session.execute(delete(idempotency.Idempotency).where(idempotency.expired(self.clock())))
+            session.execute(delete(Idempotency).where(idempotency.expired(self.clock())))
 
     # ---- helpers ---------------------------------------------------------------------------------------------------
 
