@@ -12,12 +12,14 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fastapi import FastAPI
 
 from docs import checks
 from docs.codes import error_codes
-from docs.facts import ROOT, Command, Facts, Group, Metric, Option, Route, _dataclass, collect
+from docs.facts import ROOT, Command, Facts, Group, Metric, Option, Route, _dataclass, collect, routes, settings
 from docs.tables import blocks
 
 
@@ -125,6 +127,30 @@ def test_a_setting_without_a_description_is_found(facts: Facts) -> None:
     assert "setting new.untold has no description: write one under (or into) the field" in found
     assert "setting new.untold is not in docs/configuration.md" in found
     assert "setting new.told has no description: write one under (or into) the field" not in found
+
+
+def test_a_method_in_the_registry_is_a_group_of_settings(facts: Facts, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainers import registry
+
+    added = dataclasses.replace(registry.METHODS["lora"], name="new", config=NewConfig)
+    monkeypatch.setattr(registry, "METHODS", {**registry.METHODS, "new": added})
+    found = list(checks.undocumented(ROOT, dataclasses.replace(facts, settings=dict(settings()))))
+    assert "setting method-new.untold is not in docs/configuration.md" in found
+
+
+def test_a_route_of_the_app_without_a_docstring_is_found(facts: Facts, monkeypatch: pytest.MonkeyPatch) -> None:
+    from service import app
+
+    create = app.create_app
+
+    def with_one_more(*arguments: Any, **named: Any) -> FastAPI:
+        made = create(*arguments, **named)
+        made.add_api_route("/v1/new", lambda: None, methods=["PUT"])
+        return made
+
+    monkeypatch.setattr(app, "create_app", with_one_more)
+    found = list(checks.undocumented(ROOT, dataclasses.replace(facts, routes=tuple(routes()))))
+    assert found == ["route PUT /v1/new has no docstring", "route PUT /v1/new is not in docs/api.md"]
 
 
 NEW: dict[str, Callable[[Facts], Facts]] = {

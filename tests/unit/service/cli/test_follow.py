@@ -91,7 +91,8 @@ def test_the_bar_shows_loss_and_the_end(capsys: pytest.CaptureFixture[str], monk
         data = {"step": 3, "total_steps": 4, "train_loss": 0.25, "tokens_per_second": 120.0, "eta_seconds": 9}
         view.event({"type": "metrics", "data": data})
         view.event({"type": "message", "level": "warn", "message": "[look] out", "created_at": 1_700_000_000})
+        view.say("The server is away.")
         view.job({"id": "ftjob-1", "status": "succeeded", "fine_tuned_model": "ft:x"})
     shown = capsys.readouterr().out
-    for text in ("3/4", "loss 0.2500", "120 tokens/s", "9 s left", "[look] out", "ft:x"):
+    for text in ("3/4", "loss 0.2500", "120 tokens/s", "9 s left", "[look] out", "The server is away.", "ft:x"):
         assert text in shown
