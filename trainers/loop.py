@@ -123,6 +123,12 @@ class Loop:
             self.stream.restore(saved.state["stream"])
             if len(saved.state["rng"]) == self.processes:
                 checkpoint.set_rng_state(saved.state["rng"][self.accelerator.process_index])
+            else:
+                self.reporter.message(
+                    "warn",
+                    f"the checkpoint was made by {len(saved.state['rng'])} processes and this run has "
+                    f"{self.processes}: dropout will differ from that of an uninterrupted run",
+                )
             self.progress = Progress(**saved.state["progress"])
             self.saved_step = self.progress.step
             self.boundary = self._capture()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,8 @@ class Plan:
     The first three are counted exactly, by attaching the method to the model without its data and letting the
     optimizer take one step on it:
 
-    - weights: every parameter, tied ones once; 4.127 bits for each weight of a linear layer held in NF4;
+    - weights: every parameter, tied ones once; a linear layer held in NF4 as its codes, scales and tables, which is
+      4.127 bits a weight and 1 KiB;
     - gradients: every trained parameter, in its own dtype;
     - optimizer: every tensor of its state.
 
@@ -115,7 +117,16 @@ def _size(tensor: torch.Tensor) -> int:
 def _saved_by_nf4(model: torch.nn.Module) -> int:
     head = model.get_output_embeddings()  # type: ignore[operator]
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    return sum(_size(m.weight) - round(m.weight.numel() * 4.127 / 8) for m in linear)
+    return sum(_size(m.weight) - _nf4_bytes(m.weight.numel()) for m in linear)
+
+
+def _nf4_bytes(weights: int) -> int:
+    """What bitsandbytes holds a layer in: 4-bit codes, a scale in 8 bits for 64 of them, and one in 32 for 256 scales.
+
+    To that each layer adds, in float32, the 16 values of a code, the 256 of a scale, and the mean of the scales.
+    """
+    scales = math.ceil(weights / 64)
+    return math.ceil(weights / 2) + scales + 4 * math.ceil(scales / 256) + 4 * (16 + 256 + 1)
 
 
 def _activations(run: Run, config: PretrainedConfig, tokens: int, element: int) -> int:
