@@ -10,6 +10,7 @@ from sqlalchemy import ColumnElement, ScalarSelect, func, select, update
 from sqlalchemy.orm import Session
 
 from service.db.tables import Checkpoint, Job, JobEvent
+from service.jobs.records import Event
 
 _PLAIN: Any = {"synchronize_session": False}
 
@@ -237,4 +238,29 @@ def put_checkpoint(session: Session, row: Checkpoint) -> None:
     else:
         known.created_at, known.kind, known.path = row.created_at, row.kind, row.path
         known.metrics, known.available = row.metrics, True
+    session.flush()
+
+
+def insert_events(session: Session, job: Job, events: Sequence[Event], now: float) -> None:
+    """Insert rows whose seqs end at ``job.last_seq``, which the caller has already advanced.
+
+    Args:
+        session: a write transaction.
+        job: the row after it was counted up.
+        events: what to say.
+        now: seconds since the epoch, for events that do not say when.
+    """
+    first = job.last_seq - len(events) + 1
+    session.add_all(
+        JobEvent(
+            job_id=job.id,
+            seq=first + index,
+            created_at=int(event.time if event.time is not None else now),
+            level=event.level,
+            type=event.type,
+            message=event.message,
+            data=dict(event.data),
+        )
+        for index, event in enumerate(events)
+    )
     session.flush()

@@ -93,17 +93,17 @@ def decide(
     if job.status == "cancelling":  # whatever the run answered
         return Ending("cancelled", [Event("Job cancelled; every process of it has ended")])
     if isinstance(status, Gone):
-        return _vanished(job, policy)
+        how = "vanished with its machine or container"
+        return _again(job, how, policy, code="run_lost")
     if status.code == 0:
         return Ending("succeeded")
     if status.code == USER_ERROR:
         return failure(error, default="invalid_request", message="the run refused its input", lines=status.last_lines)
-    if status.code == STOPPED:
+    # SIGTERM that comes before the run can handle it is a stop as well, only without a new checkpoint.
+    if status.code == STOPPED or status.signal == signal.SIGTERM:
         if job.status == "pausing":
             return Ending("paused", [Event(f"Job paused at step {job.step}")])
-        return Ending(
-            "queued", [Event(f"The run was stopped at step {job.step} and wrote a checkpoint; job queued again")]
-        )
+        return _again(job, "was stopped from outside", policy, code="run_stopped")
     return _crashed(job, status, error, now=now, policy=policy, draw=draw)
 
 
@@ -170,21 +170,16 @@ def failure(
     return Ending("failed", [Event(f"Job failed: {text.splitlines()[0]}", level="error", data={"code": code})], values)
 
 
-def _vanished(job: Job, policy: RetryPolicy) -> Ending:
+def _again(job: Job, how: str, policy: RetryPolicy, *, code: str) -> Ending:
+    """The run ended through no fault of its own: queue it again, but not for ever without one more step."""
     if job.status == "pausing":
-        return Ending(
-            "paused", [Event("The run vanished while it was pausing; it resumes from its last checkpoint", "warn")]
-        )
+        return Ending("paused", [Event(f"The run {how} while pausing; it resumes from its last checkpoint", "warn")])
     progress = job.step > job.last_progress_step
     count = 1 if progress else job.restarts_without_progress + 1
     if count > policy.max_restarts:
-        message = (
-            f"the run vanished {count} times in a row without one more step (reboot, or its processes were killed)"
-        )
-        return failure(None, default="run_lost", message=message, lines=())
-    said = Event(
-        f"The run vanished with its machine or container; job queued again, to resume after step {job.step}", "warn"
-    )
+        message = f"the run {how}, {count} times in a row without one more step"
+        return failure(None, default=code, message=message, lines=())
+    said = Event(f"The run {how} after step {job.step}; job queued again, to resume from its last checkpoint", "warn")
     return Ending("queued", [said], {"restarts_without_progress": count, "last_progress_step": job.step})
 
 

@@ -30,6 +30,7 @@ from service.jobs.lock import FolderLock
 from service.jobs.records import Event, StaleWrite
 from service.jobs.states import ACTIVE
 from service.jobs.store import JobStore
+from service.jobs.supervisor import RECORD, read_json
 from trainers.config import parse_run
 
 log = logging.getLogger(__name__)
@@ -405,8 +406,6 @@ class Scheduler:
 
     @staticmethod
     def _attempt_began(directory: Path) -> float:
-        from service.jobs.supervisor import RECORD, read_json
-
         record = read_json(directory / RECORD) or {}
         began = record.get("started_at")
         return float(began) if isinstance(began, int | float) else 0.0

@@ -95,7 +95,7 @@ class JobStore:
             session.flush()
             said = [Event(f"Created job {job.id}"), Event(f"Validating training file {job.training_file}")]
             job.last_seq = len(said)
-            _insert_events(session, job, said, now)
+            queries.insert_events(session, job, said, now)
             if idempotency_key is not None:
                 idempotency.complete(session, new.key_id, idempotency_key, job.id)
             session.flush()
@@ -451,7 +451,7 @@ class JobStore:
             job = queries.guarded_update(session, job_id, guards, values or {}, len(events))
             if job is None:
                 raise StaleWrite(f"job {job_id} was changed by someone else; this result is dropped")
-            _insert_events(session, job, events, self.clock())
+            queries.insert_events(session, job, events, self.clock())
             session.add_all(rows)
             for checkpoint in checkpoints:
                 queries.put_checkpoint(session, checkpoint)
@@ -487,21 +487,3 @@ def _get(session: Session, job_id: str) -> Job:
     if job is None:
         raise UnknownJob(job_id)
     return job
-
-
-def _insert_events(session: Session, job: Job, events: Sequence[Event], now: float) -> None:
-    """Insert rows whose seqs end at ``job.last_seq``, which the caller has already advanced."""
-    first = job.last_seq - len(events) + 1
-    session.add_all(
-        JobEvent(
-            job_id=job.id,
-            seq=first + index,
-            created_at=int(event.time if event.time is not None else now),
-            level=event.level,
-            type=event.type,
-            message=event.message,
-            data=dict(event.data),
-        )
-        for index, event in enumerate(events)
-    )
-    session.flush()

@@ -102,7 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
     if lock is None:
         return _answer("busy", REFUSED)
     last = read_json(options.directory / RECORD)
-    if last is not None and last["attempt"] >= options.attempt:
+    newest = last.get("attempt") if last is not None else None
+    if isinstance(newest, int) and newest >= options.attempt:
         return _answer("stale", REFUSED)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

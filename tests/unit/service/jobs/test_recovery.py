@@ -44,6 +44,8 @@ NO_RETRY = {"code": "internal_error", "message": "m", "retryable": False}
         ("running", exited(1), None, "failed"),
         ("running", exited(1, ("Traceback", "MemoryError")), None, "queued"),
         ("running", exited(1, ("ValueError: MemoryError is not it", "a", "b", "c")), None, "failed"),
+        ("running", exited(-15), None, "queued"),
+        ("pausing", exited(-15), None, "paused"),
         ("running", exited(-9), None, "queued"),
         ("running", exited(-9), NO_RETRY, "queued"),
         ("running", exited(-11), None, "failed"),
@@ -86,6 +88,8 @@ def test_limits_end_in_failure() -> None:
     assert outcome(job(restarts_without_progress=2, last_progress_step=5), Gone(1)) == "queued"
     assert outcome(job(restarts_without_progress=3, last_progress_step=5), Gone(1)) == "failed"
     assert outcome(job(restarts_without_progress=3, last_progress_step=4), Gone(1)) == "queued"
+    assert outcome(job(restarts_without_progress=3, last_progress_step=5), exited(3)) == "failed"
+    assert outcome(job(restarts_without_progress=3, last_progress_step=5), exited(-15)) == "failed"
 
 
 def test_delays_grow_are_capped_and_jittered() -> None:

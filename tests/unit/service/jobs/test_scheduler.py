@@ -188,7 +188,7 @@ def test_a_vanished_run_is_queued_again_and_given_up_without_progress(world: Wor
     world.tick()
     job = world.job(job_id)
     assert (job.status, job.error_code) == ("failed", "run_lost")
-    assert sum("vanished with its machine" in line for line in world.messages(job_id)) == 4
+    assert sum("job queued again, to resume" in line for line in world.messages(job_id)) == 4
 
 
 def test_killed_runs_are_retried_with_a_limit(world: World) -> None:
