@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
+BNB    := .venv-bnb
 # Passive waiting keeps two busy processes from starving each other on few cores; it must be set before torch is imported.
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
@@ -32,6 +33,14 @@ test: $(READY) ## the default suite
 
 test-slow: $(READY) ## tests that take minutes or need the real model
 	$(BIN)/python -m pytest -q -m 'slow or load' --timeout=1200
+
+$(BNB)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(BNB)
+	$(BNB)/bin/pip install --quiet -c constraints.txt -e '.[dev,bnb]'
+	@touch $@
+
+test-bnb: $(BNB)/.installed ## the 4-bit base, with bitsandbytes in an environment of its own
+	$(BNB)/bin/python -m pytest -q -m bnb tests/unit
 
 chaos: $(READY) ## kill servers and runs, lose nothing (QUICK=1: four minutes)
 	QUICK=$(QUICK) $(BIN)/python -m pytest -q -m chaos tests/chaos --timeout=1200

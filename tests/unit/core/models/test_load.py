@@ -138,8 +138,7 @@ def test_without_bitsandbytes_the_error_names_the_extra() -> None:
         load("tiny-llama", quant="bnb-nf4")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs the bnb extra")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.bnb
 def test_a_4_bit_base_is_close_small_and_trains_an_adapter(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
