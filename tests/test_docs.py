@@ -150,7 +150,10 @@ def test_a_route_of_the_app_without_a_docstring_is_found(facts: Facts, monkeypat
 
     monkeypatch.setattr(app, "create_app", with_one_more)
     found = list(checks.undocumented(ROOT, dataclasses.replace(facts, routes=tuple(routes()))))
-    assert found == ["route PUT /v1/new has no docstring", "route PUT /v1/new is not in docs/api.md"]
+    assert [problem for problem in found if "PUT" in problem] == [
+        "route PUT /v1/new has no docstring",
+        "route PUT /v1/new is not in docs/api.md",
+    ]
 
 
 NEW: dict[str, Callable[[Facts], Facts]] = {
