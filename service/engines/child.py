@@ -110,7 +110,12 @@ class Child:
 
         Returns:
             A name for ``forget``, and the inbox into which its chunks and at most one error come.
+
+        Raises:
+            EngineUnavailable: if the process has died.
         """
+        if self.dead:
+            raise EngineUnavailable("The engine's process has just ended. Try again.")
         name = f"{request.id}#{next(self._numbers)}"
         inbox: Inbox = asyncio.Queue()
         self.inboxes[name] = inbox

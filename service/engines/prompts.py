@@ -22,7 +22,10 @@ def encode(request: Request, tokenizer: Any) -> list[int]:
         EngineError: 400 if there is no template, it refuses the messages, or nothing is left.
     """
     if isinstance(request.prompt, str):
-        ids = text_prompt_ids(request.prompt, tokenizer)
+        try:
+            ids = text_prompt_ids(request.prompt, tokenizer)
+        except (ValueError, TypeError):  # a lone surrogate is no text in UTF-8
+            raise BadRequest("invalid_prompt", "The prompt is not valid Unicode text.", param="prompt") from None
         if not ids:
             raise BadRequest("empty_prompt", "The prompt has no tokens: give some text.", param="prompt")
         return ids

@@ -19,7 +19,7 @@ from tests.unit.service.engines.conftest import Answer, Kit, run
 
 PROMPTS = (
     "Where is my parcel?",
-    "The gardener painted seven wooden chairs before breakfast. " * 9,
+    "The gardener painted seven wooden chairs before breakfast. " * 16,  # longer than the window of tiny-gemma3
     "one",
     "Thank you for writing. We will look into it today. Please tell me your order number, " * 3,
     "12 + 30 = 42; ",

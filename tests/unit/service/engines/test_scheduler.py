@@ -262,3 +262,5 @@ def test_chat_templates_roles_and_refusals(llama: Kit) -> None:
     error = refused(scheduler, replace(base, prompt=(Message("nobody", "hi"),)))
     assert (error.status, error.code) == (400, "chat_template_error")
     assert refused(scheduler, replace(base, prompt="")).code == "empty_prompt"
+    for prompt in ("half a pair \ud83d", (Message("user", "half a pair \ud83d"),)):
+        assert refused(scheduler, replace(base, prompt=prompt)).status == 400
