@@ -24,7 +24,7 @@ from service.jobs.store import JobStore
 
 router = APIRouter(tags=["fine-tuning"])
 OBJECTS = {"fine_tuning": "fine_tuning.job", "steering_fit": "steering.job"}
-_METADATA = re.compile(r"metadata\[([^\]]{1,64})\]")
+_METADATA = re.compile(r"metadata\[([^\[\]]{1,64})\]")
 
 IdempotencyKey = Annotated[
     str | None,
@@ -195,7 +195,11 @@ _DEEP_METADATA: dict[str, Any] = {
             "style": "deepObject",
             "explode": True,
             "required": False,
-            "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+            "schema": {
+                "type": "object",
+                "propertyNames": {"pattern": r"^[^\[\]\u0000]{1,64}$"},
+                "additionalProperties": {"type": "string", "pattern": r"^[^\u0000]*$"},
+            },
             "description": "Only jobs with these pairs: `metadata[k]=v`.",
         }
     ]
@@ -218,9 +222,12 @@ def list_jobs(
     """Fine-tuning jobs, newest first."""
     wanted: dict[str, str] = {}
     for key, value in request.query_params.multi_items():
+        if not key.startswith("metadata"):
+            continue
         match = _METADATA.fullmatch(key)
-        if match is not None and "\x00" not in key + value:
-            wanted[match[1]] = value
+        if match is None or "\x00" in key + value:
+            raise bad_request("Filter by metadata as metadata[key]=value.", param="metadata")
+        wanted[match[1]] = value
     page = store.list(after=known_id(after), limit=limit, metadata=wanted or None, kind="fine_tuning")
     return listing([wire(job) for job in page.data], page.has_more)
 

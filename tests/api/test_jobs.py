@@ -156,5 +156,8 @@ async def test_pages_and_metadata(client: httpx.AsyncClient, base: str) -> None:
     assert [one["id"] for one in found] == [ids[3], ids[1]]
     both = (await client.get("/v1/fine_tuning/jobs", params={"metadata[n]": "0", 'metadata[odd"key]': "v"})).json()
     assert len(both["data"]) == 3
+    for query in ("metadata=null", "metadata[]=x", "metadata[a]x=y", "metadata[a]=%00"):
+        wrong = await client.get(f"/v1/fine_tuning/jobs?{query}")
+        assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "metadata", query
     unknown = await client.get("/v1/fine_tuning/jobs?after=ftjob-none")
     assert unknown.status_code == 404

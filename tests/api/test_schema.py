@@ -17,6 +17,7 @@ import schemathesis
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from hypothesis.stateful import run_state_machine_as_test
 from schemathesis import GenerationMode
 
 from core.models.fingerprint import fingerprint
@@ -131,3 +132,27 @@ def test_every_operation_answers_as_declared(label: str, mode: GenerationMode, l
 @pytest.mark.parametrize(("label", "mode"), CASES)
 def test_every_operation_answers_as_declared_a_hundred_times(label: str, mode: GenerationMode, live: Live) -> None:
     attack(label, live, mode, FULL)
+
+
+@pytest.mark.slow
+def test_chains_of_requests_answer_as_declared(live: Live) -> None:
+    """What one answer names goes into the next request: created, looked at, changed, deleted, looked at again."""
+
+    class Chain(SCHEMA.exclude(path=LEFT_OUT).as_state_machine()):  # type: ignore[misc]
+        def get_call_kwargs(self, case: Any) -> dict[str, Any]:
+            return {"base_url": live.url, "headers": live.headers}
+
+        def validate_response(self, response: Any, case: Any, **_: Any) -> None:
+            # What came before decides whether valid data is taken: a key may be used, a job over, a file in use.
+            acceptance = schemathesis.checks.CHECKS.get_one("positive_data_acceptance")
+            case.validate_response(response, headers=live.headers, excluded_checks=[acceptance])
+
+    limits = hypothesis_settings(
+        max_examples=FULL,
+        stateful_step_count=8,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(Chain, settings=limits)
