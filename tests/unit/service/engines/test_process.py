@@ -134,7 +134,8 @@ async def test_a_killed_child_fails_what_is_in_flight_and_the_next_request_start
 ) -> None:
     await collect(engine, chat(llama, "first"))
     assert engine.child is not None
-    pid, starts = engine.child.process.pid, engine.starts
+    child, starts = engine.child, engine.starts
+    pid = child.process.pid
     stream = engine.generate(chat(llama, "cut", sampling=Sampling(temperature=0, max_tokens=900)))
     await anext(stream)
     os.kill(pid, signal.SIGKILL)
@@ -142,6 +143,9 @@ async def test_a_killed_child_fails_what_is_in_flight_and_the_next_request_start
         async for _ in stream:
             pass
     assert cut.value.status == 503 and cut.value.retry_after is not None
+    with pytest.raises(EngineError) as late:
+        child.submit(chat(llama, "late"))
+    assert late.value.status == 503
     assert (await collect(engine, chat(llama, "again")))[-1].finish_reason is not None
     assert engine.starts == starts + 1 and not psutil.pid_exists(pid)
 
