@@ -57,6 +57,7 @@ def create_app(settings: Settings, *, engine: Engine | None = None, scheduler: S
     state.metrics = Metrics()
     state.draining = Draining(settings.grace_seconds)
     state.open_streams = 0
+    state.keys_used = {}
     state.db = connect(settings.database)
     state.store = JobStore(state.db)
     state.engine = engine or engine_pool(settings)
@@ -100,6 +101,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
     settings: Settings = state.settings
     await to_thread.run_sync(_prepare, settings, state.db)
     await to_thread.run_sync(state.scheduler.start)
+    await to_thread.run_sync(_sweep, settings)  # the folder is locked now: what is half uploaded is nobody's
     log.info("started", home=str(settings.home), admin_key=str(settings.home / "admin.key"))
     try:
         yield
@@ -118,12 +120,16 @@ def _stop_scheduler(scheduler: SchedulerLike, settings: Settings) -> None:
     scheduler.stop(end_runs=settings.jobs.end_with_server, seconds=settings.jobs.stop_seconds)
 
 
+def _sweep(settings: Settings) -> None:
+    for folder in ("files", "vectors"):
+        for stray in (settings.home / folder).glob(".*.part"):
+            stray.unlink(missing_ok=True)
+
+
 def _prepare(settings: Settings, db: Any) -> None:
     settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
     for name in FOLDERS:
         (settings.home / name).mkdir(exist_ok=True)
-    for stray in (settings.home / "files").glob(".*.part"):
-        stray.unlink(missing_ok=True)
     migrate(db)
     path = settings.home / "admin.key"
     if ensure_admin(db, path):

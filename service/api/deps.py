@@ -6,6 +6,7 @@ route says what it needs with ``@needs("jobs")``; one that says nothing needs ``
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar, cast
 
@@ -26,6 +27,9 @@ from service.security.keys import Identity, Scope
 from service.settings import Settings
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+SEEN_SECONDS = 60.0
+"""A key's time of last use is written at most this often."""
 
 _bearer = HTTPBearer(auto_error=False, description="An API key, `gh-...`, made with `gradhelm keys create`.")
 
@@ -80,6 +84,11 @@ def guard(request: Request, credentials: Annotated[HTTPAuthorizationCredentials 
         metrics.auth_failures.labels("scope").inc()
         raise APIError(403, f"This key lacks the scope {scope!r}.", code="insufficient_scope")
     request.state.identity = identity
+    used: dict[str, float] = request.app.state.keys_used
+    now = time.monotonic()
+    if now - used.get(identity.key_id, -SEEN_SECONDS) >= SEEN_SECONDS:
+        used[identity.key_id] = now
+        keys.touch(request.app.state.db, identity.key_id)
 
 
 def _identity(request: Request) -> Identity:

@@ -24,6 +24,7 @@ def wire(row: ApiKey, key: str | None = None) -> KeyObject:
         scopes=list(row.scopes),
         created_at=row.created_at,
         expires_at=row.expires_at,
+        last_used_at=row.last_used_at,
         revoked_at=row.revoked_at,
         key=key,
     )

@@ -13,13 +13,14 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from sqlalchemy import Engine, select, update
 
-from service.db.engine import read, write
+from service.db.engine import DatabaseBusy, read, write
 from service.db.tables import ApiKey
 
 Scope = Literal["read", "jobs", "generate", "admin"]
@@ -106,6 +107,12 @@ def identify(engine: Engine, key: str) -> Identity | None:
     if row.expires_at is not None and row.expires_at <= time.time():
         return None
     return Identity(row.id, frozenset(str(scope) for scope in row.scopes))
+
+
+def touch(engine: Engine, key_id: str) -> None:
+    """Note that a key was used; a database that is busy is not waited for twice, and nothing fails for it."""
+    with suppress(DatabaseBusy), write(engine) as session:
+        session.execute(update(ApiKey).where(ApiKey.id == key_id).values(last_used_at=int(time.time())))
 
 
 def ensure_admin(engine: Engine, path: Path) -> bool:

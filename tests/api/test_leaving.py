@@ -143,3 +143,14 @@ def test_a_stopping_server_takes_no_new_generation(live: Live) -> None:
     answer = httpx.post(f"{live.url}/v1/chat/completions", json=body, headers=live.headers)
     assert answer.status_code == 503 and answer.json()["error"]["code"] == "server_stopping"
     assert answer.headers["Retry-After"]
+
+
+def test_no_answer_waits_for_a_delayed_acknowledgement(live: Live) -> None:
+    """On a kept connection, head and body leave in two writes: with Nagle's algorithm on, each takes 40 ms."""
+    seconds = []
+    with httpx.Client(base_url=live.url) as client:
+        for _ in range(20):
+            began = time.monotonic()
+            assert client.get("/healthz").status_code == 200
+            seconds.append(time.monotonic() - began)
+    assert min(seconds[5:]) < 0.03

@@ -90,6 +90,8 @@ async def test_revoked_and_expired_keys_are_refused(app: FastAPI, client: httpx.
     good = (await client.post("/v1/keys", json={"name": "new", "scopes": ["read"]})).json()
     headers = {"Authorization": f"Bearer {good['key']}"}
     assert (await client.get("/v1/models", headers=headers)).status_code == 200
+    listed = {one["id"]: one for one in (await client.get("/v1/keys")).json()["data"]}
+    assert listed[good["id"]]["last_used_at"] >= good["created_at"] and listed[made["id"]]["last_used_at"] is None
     assert (await client.delete(f"/v1/keys/{good['id']}")).json()["deleted"]
     assert (await client.get("/v1/models", headers=headers)).status_code == 401
     assert (await client.delete(f"/v1/keys/{good['id']}")).status_code == 404

@@ -201,5 +201,6 @@ class KeyObject(Answer):
     scopes: list[str]
     created_at: int
     expires_at: int | None = None
+    last_used_at: int | None = None
     revoked_at: int | None = None
     key: str | None = None
