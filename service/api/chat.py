@@ -94,7 +94,7 @@ async def _answer(
         def render(items: Source) -> AsyncGenerator[bytes, None]:
             return _events(items, form, count)
 
-        return await streams.primed(source, render)
+        return await streams.primed(request, source, render)
     collected = await generation.unless_left(request, generation.collect(source, count))
     return JSONResponse(form.answer(collected))
 

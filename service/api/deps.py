@@ -10,16 +10,13 @@ import time
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar, cast
 
-import structlog
 from fastapi import Depends, FastAPI, Request
 from fastapi.routing import iter_route_contexts
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy import Engine as Database
 
-from service.api.drain import Draining
 from service.api.errors import APIError
 from service.api.parts import SchedulerLike
-from service.engines.base import Engine
 from service.jobs.store import JobStore
 from service.metrics import Metrics
 from service.security import keys
@@ -79,7 +76,6 @@ def guard(request: Request, credentials: Annotated[HTTPAuthorizationCredentials 
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
-    structlog.contextvars.bind_contextvars(key_id=identity.key_id)
     if not identity.may(scope):
         metrics.auth_failures.labels("scope").inc()
         raise APIError(403, f"This key lacks the scope {scope!r}.", code="insufficient_scope")
@@ -107,16 +103,8 @@ def _store(request: Request) -> JobStore:
     return cast(JobStore, request.app.state.store)
 
 
-def _engine(request: Request) -> Engine:
-    return cast(Engine, request.app.state.engine)
-
-
 def _metrics(request: Request) -> Metrics:
     return cast(Metrics, request.app.state.metrics)
-
-
-def _draining(request: Request) -> Draining:
-    return cast(Draining, request.app.state.draining)
 
 
 def _scheduler(request: Request) -> SchedulerLike:
@@ -127,7 +115,5 @@ Caller = Annotated[Identity, Depends(_identity)]
 Config = Annotated[Settings, Depends(_settings)]
 Db = Annotated[Database, Depends(_database)]
 Jobs = Annotated[JobStore, Depends(_store)]
-Generator = Annotated[Engine, Depends(_engine)]
 Counts = Annotated[Metrics, Depends(_metrics)]
-Stopping = Annotated[Draining, Depends(_draining)]
 Mover = Annotated[SchedulerLike, Depends(_scheduler)]

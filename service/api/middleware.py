@@ -19,6 +19,7 @@ from service.api import errors
 from service.log import logger
 from service.metrics import Metrics
 from service.security.hosts import HostPolicy
+from service.security.keys import Identity
 
 log = logger(__name__)
 
@@ -110,7 +111,15 @@ class Gate:
             seconds = time.monotonic() - began
             self.metrics.requests.labels(scope["method"][:16], route, str(status)).inc()
             self.metrics.request_seconds.labels(route).observe(seconds)
-            log.info("request", method=scope["method"], route=route, status=status, ms=round(seconds * 1000, 1))
+            identity: Identity | None = scope.get("state", {}).get("identity")
+            log.info(
+                "request",
+                method=scope["method"],
+                route=route,
+                status=status,
+                ms=round(seconds * 1000, 1),
+                key_id=identity.key_id if identity else None,
+            )
 
     def _limit(self, scope: Scope) -> int:
         return self.uploads.get((scope["method"], scope["path"]), self.body_bytes)

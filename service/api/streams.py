@@ -8,9 +8,11 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 import anyio
+from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from service.api.generation import unless_left
 from service.engines.base import EngineUnavailable
 
 T = TypeVar("T")
@@ -72,11 +74,14 @@ class EventStream(StreamingResponse):
 
 
 async def primed(
-    source: AsyncGenerator[T, None], render: Callable[[AsyncGenerator[T, None]], AsyncGenerator[bytes, None]]
+    request: Request,
+    source: AsyncGenerator[T, None],
+    render: Callable[[AsyncGenerator[T, None]], AsyncGenerator[bytes, None]],
 ) -> EventStream:
     """A stream whose first item has come already, so that an error before it is still an HTTP status.
 
     Args:
+        request: The request; when its client goes away before the first item, the source is closed.
         source: The items; closed by the response, or here when there is no first item.
         render: Turns all items, the first one too, into bytes.
 
@@ -86,10 +91,14 @@ async def primed(
     Raises:
         EngineUnavailable: The source ended without an item.
     """
+
+    async def begun() -> T:
+        async for item in source:
+            return item
+        raise EngineUnavailable("The engine ended without an answer; try again.")
+
     try:
-        first = await anext(source)
-    except StopAsyncIteration:
-        raise EngineUnavailable("The engine ended without an answer; try again.") from None
+        first = await unless_left(request, begun())
     except BaseException:
         await source.aclose()
         raise

@@ -80,6 +80,15 @@ def test_closing_while_the_whole_answer_is_awaited_frees_the_rows(live: Live, en
     assert "gradhelm_generations_in_flight 0.0" in text
 
 
+def test_closing_before_the_first_token_frees_the_row(live: Live, engine: FakeEngine) -> None:
+    engine.delay = 30.0
+    for stream in (True, False):
+        connection = request(live, {"stream": stream})
+        until(lambda: len(engine.active) == 1)
+        connection.close()
+        assert until(lambda: not engine.active) < 5
+
+
 def test_an_error_of_one_choice_frees_the_others(live: Live, engine: FakeEngine) -> None:
     engine.max_requests = 2
     body = {"model": BASE, "messages": [{"role": "user", "content": "x"}], "n": 3}

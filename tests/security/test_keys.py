@@ -130,6 +130,7 @@ async def test_keys_and_bodies_are_never_logged(
     parsed = [json.loads(line) for line in text.splitlines()]
     requests = [one for one in parsed if one["event"] == "request"]
     assert len(requests) == 3 and all(one["request_id"] and one["route"] and one["status"] for one in requests)
+    assert [bool(one["key_id"]) for one in requests] == [True, False, True], "who asked, by the key's id"
     assert "gh-***" in text
 
 

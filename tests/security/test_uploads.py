@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import os
 import shutil
@@ -207,6 +208,20 @@ async def test_free_space_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         )
     assert caught.value.status == 507 and caught.value.code == "disk_full" and "free" in caught.value.message
     assert not list(tmp_path.iterdir())
+
+
+async def test_a_disk_that_fills_on_the_way_is_told_and_leaves_nothing(
+    client: httpx.AsyncClient, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(uploads.os, "fsync", full)
+    answer = await send(client, form((FILE, ROW), (PURPOSE, b"fine-tune")))
+    assert answer.status_code == 507 and answer.json()["error"]["code"] == "disk_full"
+    assert not left(settings)
+    monkeypatch.undo()
+    assert (await send(client, form((FILE, ROW), (PURPOSE, b"fine-tune")))).status_code == 200, "no restart is needed"
 
 
 def test_a_declared_size_that_does_not_fit_is_refused_at_once(tmp_path: Path) -> None:
