@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -142,7 +143,10 @@ def attach(
             raise ValueError(f"the model has an adapter named {name!r} already")
         model.load_adapter(str(adapter), adapter_name=name, is_trainable=is_trainable)
         return model
-    return PeftModel.from_pretrained(model, str(adapter), adapter_name=name, is_trainable=is_trainable)
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5.23 by a name that the latter is about to drop; goes with a PEFT that does not.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return PeftModel.from_pretrained(model, str(adapter), adapter_name=name, is_trainable=is_trainable)
 
 
 def check_adapter_base(adapter: Path, ref: ModelRef, directory: Path, identity: str) -> None:

@@ -164,9 +164,14 @@ def test_gradients_are_those_of_the_dequantised_base() -> None:
 
 def test_a_run_from_the_command_line_learns_and_leaves_a_plain_adapter(tmp_path: Path, tiny_llama: Path) -> None:
     output = tmp_path / "out"
-    argv = [sys.executable, "-m", "trainers", "configs/debug/lora.yaml", "method.base=bnb-nf4", "threads=1"]
+    argv = [sys.executable, "-W", "error", "-m", "trainers", "configs/debug/lora.yaml", "method.base=bnb-nf4"]
     done = subprocess.run(
-        [*argv, f"output_dir={output}"], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=240
+        [*argv, "threads=1", f"output_dir={output}"],
+        cwd=ROOT,
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == SUCCEEDED, done.stderr
     events = read(output / "events.jsonl")[0]
