@@ -40,6 +40,8 @@ class Server:
         self.home.mkdir(parents=True, exist_ok=True)
         self.port = 0
         self.process: subprocess.Popen[bytes] | None = None
+        # No connection outlives its answer: the next one may go to another life of the server.
+        self.client = httpx.Client(verify=False, limits=httpx.Limits(max_keepalive_connections=0))
         values: dict[str, dict[str, Any]] = {"jobs": {"max_running": 4, "poll_seconds": 0.1}}
         if not real:
             values["jobs"] |= {"run_argv": STANDIN, "validate_argv": STANDIN}
@@ -62,6 +64,7 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.end()
+        self.client.close()
         for folder in (self.home / "jobs").glob("*job-*"):
             processes.kill_all(folder.name)
 
@@ -89,7 +92,7 @@ class Server:
         if self.process.poll() is not None:
             raise AssertionError((self.home / "server.out").read_text()[-3000:])
         with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200
+            return self.client.get(f"{self.url}/readyz", timeout=5).status_code == 200
         return False
 
     @property
@@ -122,7 +125,9 @@ class Server:
 
     def call(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         headers = {**self.headers, **kwargs.pop("headers", {})}
-        return httpx.request(method, f"{self.url}{path}", headers=headers, timeout=kwargs.pop("timeout", 30), **kwargs)
+        return self.client.request(
+            method, f"{self.url}{path}", headers=headers, timeout=kwargs.pop("timeout", 30), **kwargs
+        )
 
     def upload(self, **behaviour: Any) -> str:
         """A training file that tells the stand-in how to behave."""

@@ -138,38 +138,44 @@ def step_of(server: Server, job_id: str) -> int:
     return int(server.job(job_id)["progress"]["step"])
 
 
+@pytest.mark.timeout(900)
 def test_orphaned_and_paused_runs_end_as_calm_ones(home: Path, figure) -> None:
-    kills, steps = (3, 400) if QUICK else (20, 4000)
+    kills, steps = (3, 300) if QUICK else (20, 1500)
     with Server(home, real=True, jobs={"max_running": 1}) as server:
         calm = submit(server, steps)
         assert server.wait(calm, seconds=400)["status"] == "succeeded"
-
-        job_id = submit(server, steps)
-        until(lambda: step_of(server, job_id) > 1, 120, "the first step")
-        record = read_json(server.folder(job_id) / RECORD)
-        delays, adopted = [], 0
-        while adopted < kills and server.job(job_id)["status"] == "running":
-            server.kill()
-            server.start()
-            began = time.monotonic()  # it answers: from here on it must look after the run
-            seen = step_of(server, job_id)
-            until(lambda seen=seen: step_of(server, job_id) > seen or server.job(job_id)["status"] != "running", 30)
-            delays.append(time.monotonic() - began)
-            assert read_json(server.folder(job_id) / RECORD) == record
-            adopted += 1
-        job = server.wait(job_id, seconds=400)
-        assert (job["status"], job["progress"]["attempt"]) == ("succeeded", 1)
-        numbers = sequence(server.folder(job_id))
-        assert numbers == list(range(1, len(numbers) + 1))
-        assert losses(server.folder(job_id)) == losses(server.folder(calm))
-        assert artifact(server.folder(job_id)) == artifact(server.folder(calm)) != {}
-        said = server.call("GET", f"/v1/fine_tuning/jobs/{job_id}/events?limit=100").json()["data"]
-        assert adopted >= kills * 0.6, f"only {adopted} kills while it ran"
+        delays: list[float] = []
+        runs = 0
+        while len(delays) < kills:
+            runs += 1
+            assert runs <= kills
+            job_id = submit(server, steps)
+            until(lambda job_id=job_id: step_of(server, job_id) > 1, 120, "the first step")
+            record = read_json(server.folder(job_id) / RECORD)
+            while len(delays) < kills and server.job(job_id)["status"] == "running":
+                server.kill()
+                server.start()
+                began = time.monotonic()  # it answers: from here on it must look after the run
+                seen = step_of(server, job_id)
+                until(
+                    lambda seen=seen, job_id=job_id: (
+                        step_of(server, job_id) > seen or server.job(job_id)["status"] != "running"
+                    ),
+                    30,
+                )
+                delays.append(time.monotonic() - began)
+                assert read_json(server.folder(job_id) / RECORD) == record
+            job = server.wait(job_id, seconds=400)
+            assert (job["status"], job["progress"]["attempt"]) == ("succeeded", 1)
+            numbers = sequence(server.folder(job_id))
+            assert numbers == list(range(1, len(numbers) + 1))
+            assert losses(server.folder(job_id)) == losses(server.folder(calm))
+            assert artifact(server.folder(job_id)) == artifact(server.folder(calm)) != {}
         figure(
-            f"2. kill -9 of the server {adopted} times in one run: adopted {adopted}/{adopted}, the next step seen at"
-            f" most {max(delays):.1f} s later (target 5), events without gap, bitwise the calm run"
+            f"2. kill -9 of the server {kills} times in {runs} runs: adopted {len(delays)}/{kills}, the next step seen"
+            f" at most {max(delays):.1f} s later (target 5), events without gap, bitwise the calm run"
         )
-        assert max(delays) <= 5 and said
+        assert max(delays) <= 5
 
         paused = submit(server, steps)
         until(lambda: step_of(server, paused) > 3, 120, "the first steps")
