@@ -384,8 +384,11 @@ class Scheduler:
                 told = list(ending.events)
             else:
                 rows = found.rows
-                name = found.values.get("result_model") or found.values.get("result_vector")
-                told += [Event(f"New model created: {name}"), Event("The job has successfully completed")]
+                vector = found.values.get("result_vector")
+                made = (
+                    f"steering vector created: {vector}" if vector else f"model created: {found.values['result_model']}"
+                )
+                told += [Event(f"New {made}"), Event("The job has successfully completed")]
                 ending = recovery.Ending("succeeded", told, found.values)
         self._end(live, job, recovery.Ending(ending.target, told, ending.values), rows)
 

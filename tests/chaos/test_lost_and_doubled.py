@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import sqlite3
@@ -95,7 +96,7 @@ def test_kill_the_server_while_jobs_come_in(home, figure) -> None:
         until(server.ready, 60)
 
         def rows() -> list[tuple[str, str, str, str]]:
-            with sqlite3.connect(home / "gradhelm.db") as db:
+            with contextlib.closing(sqlite3.connect(home / "gradhelm.db")) as db:
                 return db.execute("SELECT id, status, metadata, coalesce(error_code, '') FROM jobs").fetchall()
 
         until(lambda: all(row[1] in OVER for row in rows()), 300 if not QUICK else 120, "the end of all jobs")

@@ -125,7 +125,7 @@ def test_a_full_disk_is_survived(small_disk: Path, tiny_llama: Path, figure) -> 
         again = server.call("POST", "/v1/fine_tuning/jobs", json=body)
         assert again.status_code < 300
         assert server.wait(again.json()["id"], seconds=60)["status"] == "succeeded"
-        with sqlite3.connect(home / "gradhelm.db") as db:
+        with contextlib.closing(sqlite3.connect(home / "gradhelm.db")) as db:
             assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         codes = [answer.status_code for answer in answers]
         figure(f"31. full disk: upload and submit answered {codes}; job and server recovered without a restart")

@@ -74,7 +74,7 @@ def put_to_sleep(pid: int, folder: Path) -> None:
     """Stop a process, but not inside a transaction: SQLite's lock would then stop everyone else as well."""
     while True:
         os.kill(pid, signal.SIGSTOP)
-        with sqlite3.connect(folder / "gradhelm.db", timeout=1.0, isolation_level=None) as db:
+        with contextlib.closing(sqlite3.connect(folder / "gradhelm.db", timeout=1.0, isolation_level=None)) as db:
             with contextlib.suppress(sqlite3.OperationalError):
                 db.execute("BEGIN IMMEDIATE")
                 db.execute("ROLLBACK")

@@ -45,6 +45,7 @@ def test_a_fitted_vector_is_registered(world: World) -> None:
     assert (row.name, row.layers, row.site, row.fingerprint) == ("calm", [0, 2], "block", "sha256:" + "0" * 64)
     assert Path(row.path).read_bytes() == (artifact / "vector.safetensors").read_bytes()
     assert row.metadata_["rows"] == 3
+    assert f"New steering vector created: {row.id}" in world.messages(job_id)
 
 
 @pytest.mark.parametrize(
