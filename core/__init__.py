@@ -1,1 +1,1 @@
-"""What training, steering and the service share: models, data, checkpoints, events. No HTTP, no training, no steering."""
+"""What training, steering and the service share: models, data, checkpoints, events. No HTTP, no training."""
