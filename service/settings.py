@@ -46,7 +46,12 @@ class JobSettings(_Group):
     """How fine-tuning and fitting jobs are run."""
 
     max_running: int = Field(default=1, ge=1, description="Jobs that run at the same time.")
-    threads: int = Field(default=1, ge=1, description="OMP_NUM_THREADS of one run.")
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="OMP_NUM_THREADS of one run; unset, the server's own OMP_NUM_THREADS, or the CPUs shared out among "
+        "`max_running` runs.",
+    )
     lease_seconds: float = Field(default=30.0, ge=0.6, description="Lease on a claimed job; renewed at a third of it.")
     poll_seconds: float = Field(default=0.25, gt=0, description="How often events and exits of runs are looked at.")
     max_retries: int = Field(default=3, ge=0, description="Attempts after a crash that could succeed next time.")
@@ -71,10 +76,16 @@ class JobSettings(_Group):
 class EngineSettings(_Group):
     """How text is generated."""
 
-    threads: int = Field(default=2, ge=1, description="OMP_NUM_THREADS of one engine process.")
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="OMP_NUM_THREADS of one engine process; unset, the server's own OMP_NUM_THREADS, or all CPUs.",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="What engines compute in.")
     device: str = Field(
-        default="cpu", pattern=r"^(cpu|cuda(:[0-9]+)?)$", description="Where models lie: cpu, cuda, cuda:1."
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
+        description="Where models lie: cpu, cuda, cuda:1; auto is cuda where torch has one, else cpu.",
     )
     rows: int = Field(default=16, ge=1, description="Requests of one base model that generate at once.")
     waiting: int = Field(default=64, ge=0, description="Requests that may wait for a row; more are answered 429.")

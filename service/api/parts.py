@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Protocol
 
 from service.engines.options import EngineOptions, PoolOptions
@@ -33,7 +34,7 @@ def engine_pool(settings: Settings) -> EnginePool:
     """One engine process a base model in use, within the settings' limits."""
     how = settings.engine
     options = EngineOptions(
-        threads=how.threads,
+        threads=how.threads or cpu_threads(1),
         dtype=how.dtype,
         device=how.device,
         rows=how.rows,
@@ -51,14 +52,21 @@ def engine_pool(settings: Settings) -> EnginePool:
 def scheduler(settings: Settings, store: JobStore) -> Scheduler:
     """The scheduler of the data folder, with runs on this machine."""
     how = settings.jobs
+    threads = how.threads or cpu_threads(how.max_running)
     options = Options(
         max_running=how.max_running,
-        threads=how.threads,
+        threads=threads,
         lease_seconds=how.lease_seconds,
         poll_seconds=how.poll_seconds,
         retry=RetryPolicy(max_retries=how.max_retries),
         run_argv=how.run_argv,
         validate_argv=how.validate_argv,
     )
-    executor = LocalExecutor(threads=how.threads, log_quota=how.log_quota_bytes)
+    executor = LocalExecutor(threads=threads, log_quota=how.log_quota_bytes)
     return Scheduler(store, executor, settings.home, options)
+
+
+def cpu_threads(sharers: int) -> int:
+    """Threads of a process where no setting says: OMP_NUM_THREADS, or this machine's CPUs divided by ``sharers``."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() and int(given) else max(1, len(os.sched_getaffinity(0)) // sharers)

@@ -14,8 +14,8 @@ class EngineOptions:
     """OpenMP threads of a process; waiting is passive, so that a training job beside it keeps its cores."""
     dtype: str = "float32"
     """float32, bfloat16 or float16."""
-    device: str = "cpu"
-    """Where the model lies: cpu, or cuda where torch has it."""
+    device: str = "auto"
+    """Where the model lies: cpu, or cuda; auto is cuda where torch has it, else cpu."""
     rows: int = 16
     """Requests that generate at once."""
     waiting: int = 64

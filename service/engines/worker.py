@@ -60,10 +60,16 @@ def build(options: dict[str, Any]) -> Scheduler:
     loaded = load(options["base"], dtype=options["dtype"])
     if options["merge"] is not None:
         loaded = merged(loaded, Path(options["merge"]))
-    loaded.model.to(options["device"])
+    loaded.model.to(_device(options["device"]))
     names = ("rows", "waiting", "cache_bytes", "prefill_tokens", "default_max_tokens")
     limits = Limits(**{name: options[name] for name in names})
     return Scheduler(TransformersModel(loaded, max_adapters=options["adapters"]), limits)
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    return wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def serve(scheduler: Scheduler, connection: socket.socket, inbox: queue.SimpleQueue[dict[str, Any]]) -> None:

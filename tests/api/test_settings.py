@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from service.api.parts import cpu_threads
 from service.settings import Settings, load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +34,17 @@ def test_the_environment_wins_over_the_file_and_the_file_over_the_default(
     settings = load_settings(file)
     assert (settings.port, settings.jobs.max_running, settings.jobs.threads) == (9000, 3, 7)
     assert settings.allowed_hosts == ("gpu.example.org",) and settings.engine.rows == 16
+
+
+@pytest.mark.parametrize(
+    ("given", "sharers", "threads"), [("3", 1, 3), ("", 1, 4), ("", 3, 1), ("", 9, 1), ("no", 2, 2)]
+)
+def test_threads_that_no_setting_names_come_from_the_machine(
+    monkeypatch: pytest.MonkeyPatch, given: str, sharers: int, threads: int
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
+    assert cpu_threads(sharers) == threads
 
 
 @pytest.mark.parametrize(
