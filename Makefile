@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 BNB    := .venv-bnb
+BENCH  := .venv-bench
 # Passive waiting keeps two busy processes from starving each other on few cores; it must be set before torch is imported.
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
@@ -53,5 +54,10 @@ check: $(READY) ## format, lint, types, import arrows, docstrings, docs
 	$(BIN)/pydoclint --quiet core trainers steering service
 	$(BIN)/python -m pytest -q tests/test_docs.py
 
-bench: $(READY) ## measure every claim; writes benchmarks/results
-	$(BIN)/python -m benchmarks.all
+$(BENCH)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install --quiet -c constraints.txt -e '.[dev,bench]'
+	@touch $@
+
+bench: $(BENCH)/.installed ## measure every claim; writes benchmarks/results
+	$(BENCH)/bin/python -m benchmarks.all

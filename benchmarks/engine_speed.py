@@ -72,7 +72,7 @@ def plain_generate(directory: str, prompts: list[Request]) -> tuple[object, list
 
     torch.set_num_threads(THREADS)
     loaded = load(directory)
-    ids = [prompt_ids([{"role": m.role, "content": m.content} for m in r.prompt], loaded.tokenizer) for r in prompts]
+    ids = [prompt_ids(r.prompt, loaded.tokenizer) for r in prompts if not isinstance(r.prompt, str)]
     return loaded.model, ids
 
 
