@@ -26,8 +26,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## fine-tune, chat and steer SmolLM2-135M through the HTTP API
 	$(BIN)/python -m demo.run
 
-serve: $(READY) ## start the server on http://127.0.0.1:8000
-	$(BIN)/gradhelm serve
+serve: $(READY) ## start the server on http://127.0.0.1:8000, with its data in .gradhelm
+	$(BIN)/gradhelm serve --home .gradhelm
 
 test: $(READY) ## the default suite
 	$(BIN)/python -m pytest -q

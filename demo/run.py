@@ -11,6 +11,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ HOME = Path(os.environ.get("GRADHELM_DEMO_HOME", ".gradhelm")).resolve()
 SEED = 0
 EPOCHS = 4
 TARGET = 0.8
+OVER = ("succeeded", "failed", "cancelled")
+CANCEL_SECONDS = 90.0
 
 
 def main() -> int:
@@ -32,8 +36,7 @@ def main() -> int:
     HOME.mkdir(parents=True, exist_ok=True)
     say(f"Gradhelm demo, data in {HOME}")
     pull()
-    with running(HOME) as server:
-        client = connect(server)
+    with serving() as (server, client):
         cancel_leftovers(client)
         say("\n1. The base model on 40 held-out tickets (exact JSON, greedy)")
         base = tickets.exact_match(client, MODEL)
@@ -45,8 +48,7 @@ def main() -> int:
         follow(client, job.id, seen, until_step=5)
         say("   ... the server is killed (SIGKILL); the training goes on without it")
         server.kill()
-    with running(HOME) as server:
-        client = connect(server)
+    with serving() as (server, client):
         say(f"   ... a new server at {server.url} has adopted the job")
         follow(client, job.id, seen)
         tuned_model = finished(client, job.id)
@@ -80,11 +82,27 @@ def connect(server: Server) -> OpenAI:
     return OpenAI(base_url=f"{server.url}/v1", api_key=server.key, timeout=600)
 
 
+@contextmanager
+def serving() -> Iterator[tuple[Server, OpenAI]]:
+    """A server and a client; Ctrl-C cancels the job that would otherwise outlive both."""
+    with running(HOME) as server:
+        client = connect(server)
+        try:
+            yield server, client
+        except KeyboardInterrupt:
+            say("\n   interrupted: cancelling what runs (a job outlives its server unless it is told to stop)")
+            cancel_leftovers(client)
+            raise
+
+
 def cancel_leftovers(client: OpenAI) -> None:
-    """Cancel what an interrupted demo left in the queue or running."""
-    for job in client.fine_tuning.jobs.list(limit=100):
-        if job.status not in ("succeeded", "failed", "cancelled"):
-            client.fine_tuning.jobs.cancel(job.id)
+    """Cancel what an interrupted demo left in the queue or running, and wait until it has ended."""
+    live = [job.id for job in client.fine_tuning.jobs.list(limit=100) if job.status not in OVER]
+    for job in live:
+        client.fine_tuning.jobs.cancel(job)
+    end = time.monotonic() + CANCEL_SECONDS
+    while time.monotonic() < end and any(client.fine_tuning.jobs.retrieve(job).status not in OVER for job in live):
+        time.sleep(0.5)
 
 
 def start_job(client: OpenAI) -> Any:
@@ -118,7 +136,7 @@ def follow(client: OpenAI, job: str, seen: set[str], until_step: int | None = No
                 say(f"   {event.level}: {event.message}")
             elif data.get("train_loss") is not None and step % 5 == 0:
                 say(f"   step {step}: loss {data['train_loss']:.3f}")
-        if status in ("succeeded", "failed", "cancelled", "paused"):
+        if status in (*OVER, "paused"):
             return
         if until_step is not None and step >= until_step:
             return
@@ -151,7 +169,7 @@ def steer(client: OpenAI) -> dict[str, tuple[float, str]]:
     say("\n3. A steering vector from 24 pairs of cheerful and gloomy answers")
     vector = mood.fit(client, MODEL)
     placebo = mood.random_like(client, vector, SEED)
-    say(f"   {vector} at block {mood.LAYER}; mood of 20 held-out answers, -1 gloomy to 1 cheerful")
+    say(f"   {vector} at block {mood.LAYER}; s = {mood.STRENGTH}; mood of 20 held-out answers, -1 gloomy to 1 cheerful")
     arms = {
         "-s": (vector, -mood.STRENGTH),
         "0": (None, 0.0),

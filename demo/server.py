@@ -53,8 +53,11 @@ class Server:
                 break
         if url is None:
             raise SystemExit(f"The server did not start; {home / 'server.log'} says why.")
+        # In a session of its own, so that Ctrl-C does not end it before the server has said its last words.
         # The server's log goes on to stdout: let it run into the file instead of a pipe that fills up.
-        drain = subprocess.Popen(["cat"], stdin=process.stdout, stdout=(home / "server.log").open("a"))
+        drain = subprocess.Popen(
+            ["cat"], stdin=process.stdout, stdout=(home / "server.log").open("a"), start_new_session=True
+        )
         process.stdout.close()
         server = cls(home, process, url, "")
         server.wait_ready()

@@ -1,4 +1,4 @@
-"""JSON lines on stdout, each with the request's id; never a key, never a body."""
+"""One line an event on stdout, with the request's id; never a key, never a body. JSON, or plain text in a terminal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _redact_event(_logger: Any, _name: str, event: MutableMapping[str, Any]) -> 
 
 
 def configure(level: str = "info") -> None:
-    """Send structlog and the standard library's loggers through one JSON formatter to stdout.
+    """Send structlog and the standard library's loggers through one formatter to stdout.
 
     Args:
         level: ``debug``, ``info``, ``warning`` or ``error``.
@@ -43,6 +43,10 @@ def configure(level: str = "info") -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )
+    person = sys.stdout.isatty()
+    form: structlog.typing.Processor = (
+        structlog.dev.ConsoleRenderer() if person else structlog.processors.JSONRenderer()
+    )
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -51,7 +55,7 @@ def configure(level: str = "info") -> None:
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 structlog.processors.format_exc_info,
                 _redact_event,
-                structlog.processors.JSONRenderer(),
+                form,
             ],
         )
     )

@@ -106,7 +106,6 @@ def _guarded(work: Callable[[], int], reporter: Reporter) -> int:
 
 
 def _fail(reporter: Reporter, message: str, *, code: str, param: str | None) -> int:
-    print(f"error: {message}", file=sys.stderr)
     reporter.emit("error", code=code, message=message[:8000], param=param, retryable=False)
     return USER_ERROR
 

@@ -52,6 +52,10 @@ def line(kind: str, data: dict[str, Any]) -> str:
     if kind == "progress":
         left = "" if data["eta_seconds"] is None else f", {data['eta_seconds']:.0f} s left"
         return f"progress: step {data['step']} of {data['total_steps']}{left}"
+    if kind == "message":
+        return f"{data['level']}: {data['message']}"
+    if kind == "error":
+        return f"error: [{data['code']}] {data['message']}"
     values = [f"{name} {_short(value)}" for name, value in data.items() if value not in (None, {}, [])]
     return f"{kind}: {', '.join(values)}"
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from service.cli.client import Client, segment
+from service.cli.errors import UsageProblem
 from service.cli.options import DEFAULT_URL, After, AsJson, Key, Limit, Url
 from service.cli.output import emit, fields, note, table
 from service.cli.saving import save_new
@@ -34,6 +35,8 @@ def file_id(client: Client, given: str, purpose: str = "fine-tune") -> str:
     path = Path(given).expanduser()
     if path.is_file():
         return upload_file(client, path, purpose)
+    if "/" in given or path.suffix:
+        raise UsageProblem(f"There is no file {given} here, and ids of uploaded files look like file-...")
     return given
 
 
