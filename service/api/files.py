@@ -204,7 +204,7 @@ def get_file_content(file_id: str, db: Db, settings: Config) -> FileResponse:
     return FileResponse(path, media_type="application/octet-stream", filename=row.filename)
 
 
-@router.delete("/v1/files/{file_id}", response_model=Deleted, responses=errors_of(404, 409))
+@router.delete("/v1/files/{file_id}", response_model=Deleted, responses=errors_of(404))
 @needs("jobs")
 def delete_file(file_id: str, db: Db, settings: Config) -> Deleted:
     """Delete a file, unless a job that is not over yet needs it."""
@@ -217,6 +217,7 @@ def delete_file(file_id: str, db: Db, settings: Config) -> Deleted:
         )
         if user is not None:
             message = f"The job {user} still needs this file; cancel it or wait for its end."
+            # 400 and not 409: clients of the OpenAI SDK send a 409 again, and a job ends no sooner for that.
             raise APIError(400, message, code="file_in_use", param="file_id")
         session.execute(delete(File).where(File.id == row.id))
     inside(settings.home / "files", row.id).unlink(missing_ok=True)

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import psutil
@@ -25,16 +25,18 @@ from tests.api.fixtures import IdleScheduler
 from tests.api.live import Live, serving
 
 
-def make_job(store: JobStore) -> str:
+def make_job(
+    store: JobStore, *, kind: Literal["fine_tuning", "steering_fit"] = "fine_tuning", training_file: str = "file-x"
+) -> str:
     """A job that nothing moves but the test."""
     new = NewJob(
-        kind="fine_tuning",
+        kind=kind,
         model="tiny-llama",
         method="lora",
         request={},
         resolved={"n_epochs": "auto"},
         seed=1,
-        training_file="file-x",
+        training_file=training_file,
         key_id="key",
         body_hash="0",
     )

@@ -40,11 +40,15 @@ def test_the_stream_says_what_the_answer_says(served: Served) -> None:
 def test_n_choices_are_told_apart(served: Served) -> None:
     answer = chat(served, n=3, seed=5, temperature=1.0)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    one = chat(served, seed=5, temperature=1.0)
+    assert answer.usage.prompt_tokens == one.usage.prompt_tokens > 0, "the prompt is read, and counted, once"
     again = chat(served, n=3, seed=5, temperature=1.0)
     assert [c.message.content for c in answer.choices] == [c.message.content for c in again.choices]
     assert len({c.message.content for c in answer.choices}) > 1, "each choice draws with a seed of its own"
     streamed: dict[int, str] = {}
-    for chunk in chat(served, n=3, seed=5, temperature=1.0, stream=True):
+    for chunk in chat(served, n=3, seed=5, temperature=1.0, stream=True, stream_options={"include_usage": True}):
+        if not chunk.choices:
+            assert chunk.usage == answer.usage
         for choice in chunk.choices:
             streamed[choice.index] = streamed.get(choice.index, "") + (choice.delta.content or "")
     assert [streamed[n] for n in range(3)] == [c.message.content for c in answer.choices]
