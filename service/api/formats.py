@@ -11,7 +11,7 @@ from uuid import uuid4
 from service.api import generation
 from service.api.generation import Collected
 from service.api.schemas.generation import ChatRequest, CompletionRequest, GenerationRequest
-from service.engines.base import Chunk, TokenLogprob
+from service.engines.base import Chunk, TokenLogprob, TopLogprob
 
 
 class Format(ABC):
@@ -105,11 +105,10 @@ class TextFormat(Format):
     def __init__(self, wanted: CompletionRequest) -> None:
         super().__init__(wanted)
         self.logprobs = wanted.logprobs is not None
-        self.offsets: dict[int, int] = {}
 
     def full(self, choice: Collected) -> dict[str, Any]:
         """The text."""
-        return {"text": choice.text, "logprobs": self._logprobs(choice.logprobs, 0)[0]}
+        return {"text": choice.text, "logprobs": self._logprobs(choice.logprobs)}
 
     def opening(self, index: int) -> list[dict[str, Any]]:  # noqa: ARG002 - a text has no role to announce
         """Nothing."""
@@ -117,20 +116,31 @@ class TextFormat(Format):
 
     def delta(self, index: int, chunk: Chunk) -> dict[str, Any]:
         """A piece of text, its tokens' offsets counted from the choice's beginning."""
-        logprobs, self.offsets[index] = self._logprobs(chunk.logprobs, self.offsets.get(index, 0))
+        logprobs = self._logprobs(chunk.logprobs)
         return {"index": index, "text": chunk.text, "logprobs": logprobs, "finish_reason": None}
 
-    def _logprobs(self, tokens: Sequence[TokenLogprob], offset: int) -> tuple[dict[str, Any] | None, int]:
+    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not self.logprobs:
-            return None, offset
-        offsets = []
+            return None
+        tops: list[dict[str, float]] = []
         for token in tokens:
-            offsets.append(offset)
-            offset += len(token.token)
-        made = {
-            "tokens": [token.token for token in tokens],
+            top: dict[str, float] = {}
+            for other in token.top:  # best first: should two still have one name, the likelier one keeps it
+                top.setdefault(_name(other), other.logprob)
+            tops.append(top)
+        return {
+            "tokens": [_name(token) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{t.token: t.logprob for t in token.top} for token in tokens],
-            "text_offset": offsets,
+            "top_logprobs": tops,
+            "text_offset": [token.offset for token in tokens],
         }
-        return made, offset
+
+
+def _name(token: TokenLogprob | TopLogprob) -> str:
+    """A token's text; for one that is no whole text, OpenAI's name of its bytes, such as ``bytes:\\xe2\\x96``."""
+    data = bytes(token.bytes)
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(chr(b) if 32 <= b < 127 and b != 92 else f"\\x{b:02x}" for b in data)
+    return token.token

@@ -77,12 +77,16 @@ class TopLogprob:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A generated token, its natural-log probability before temperature, and the likeliest alternatives, best first."""
+    """A generated token, its natural-log probability before temperature, and the likeliest alternatives, best first.
+
+    ``offset``: characters of the answer's text before what this token added to it.
+    """
 
     token: str
     bytes: list[int]
     logprob: float
     top: tuple[TopLogprob, ...] = ()
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,7 +112,7 @@ class FakeEngine:
         for piece in pieces[:limit]:
             await asyncio.sleep(self.delay)
             count += 1
-            text, notes = stream.push(piece, _logprob(piece, sampling.logprobs))
+            text, notes = stream.push(piece, _logprob(piece, sampling.logprobs, stream.end))
             if stream.stopped:
                 finish = "stop"
             elif count < min(len(pieces), limit):
@@ -127,12 +127,12 @@ class FakeEngine:
         yield Chunk("", (), finish, prompt_tokens, 0, _receipt(request, prompt_tokens))
 
 
-def _logprob(piece: str, top: int | None) -> TokenLogprob | None:
+def _logprob(piece: str, top: int | None, offset: int) -> TokenLogprob | None:
     if top is None:
         return None
     others = [piece, *(f" {w}" for w in WORDS if f" {w}" != piece)][: min(top, 20)]
     ranked = tuple(TopLogprob(t, list(t.encode()), math.log(0.5 ** (i + 1))) for i, t in enumerate(others))
-    return TokenLogprob(piece, list(piece.encode()), math.log(0.5), ranked)
+    return TokenLogprob(piece, list(piece.encode()), math.log(0.5), ranked, offset)
 
 
 def _receipt(request: Request, tokens: int) -> Receipt | None:

@@ -119,7 +119,7 @@ class Sequence:
         for other, value in logprob.top:
             name, raw = self._texts.get(other)
             top.append(TopLogprob(name, list(raw), value))
-        return TokenLogprob(text, list(data), logprob.value, tuple(top))
+        return TokenLogprob(text, list(data), logprob.value, tuple(top), self._stream.end)
 
 
 def logprobs(logits: Tensor, tokens: list[int], wanted: list[int | None]) -> list[Logprob | None]:

@@ -22,6 +22,11 @@ class TextStream(Generic[T]):
         self._out = 0  # characters let go so far
         self._notes: deque[tuple[int, int, T]] = deque()  # (start, end, note), absolute characters
 
+    @property
+    def end(self) -> int:
+        """Characters pushed so far, let go or held: where the next piece starts."""
+        return self._out + len(self._held)
+
     def push(self, piece: str, note: T | None = None) -> tuple[str, list[T]]:
         """Add a piece.
 
@@ -33,7 +38,7 @@ class TextStream(Generic[T]):
             The text let go by this piece, and the notes that it completes. ``stopped`` is set at a stop string.
         """
         assert not self.stopped, "pushed after a stop string"
-        start = self._out + len(self._held)
+        start = self.end
         self._held += piece
         if note is not None:
             self._notes.append((start, start + len(piece), note))

@@ -103,7 +103,7 @@ def chunk_from_json(data: dict[str, Any]) -> Chunk:
     return Chunk(
         text=data.get("text", ""),
         logprobs=tuple(
-            TokenLogprob(lp["token"], lp["bytes"], lp["logprob"], tuple(TopLogprob(**top) for top in lp["top"]))
+            TokenLogprob(**lp | {"top": tuple(TopLogprob(**top) for top in lp["top"])})
             for lp in data.get("logprobs", ())
         ),
         finish_reason=data.get("finish"),
