@@ -16,7 +16,7 @@ from service.api.deps import Caller, Config, Db, Jobs, Mover, needs
 from service.api.docs import errors_of
 from service.api.errors import bad_request
 from service.api.files import find as find_file
-from service.api.resolve import base_directory
+from service.api.resolve import check_trainable
 from service.api.schemas.resources import CheckpointObject, CreateJob, JobError, JobObject, Listing
 from service.db.tables import Checkpoint, Job
 from service.jobs.records import NewJob
@@ -177,7 +177,7 @@ def create_job(
     )
 
     def check() -> None:
-        base_directory(wanted.model, settings.home)
+        check_trainable(db, settings.home, wanted.model)
         check_data(db, wanted.training_file, "training_file", ("fine-tune",))
         if wanted.validation_file is not None:
             check_data(db, wanted.validation_file, "validation_file", ("fine-tune",))

@@ -96,6 +96,14 @@ def target(db: Database, home: Path, name: str) -> Target:
     """
     if not name.startswith("ft:"):
         return Target(base_directory(name, home))
+    kind, base, path = _made(db, name)
+    return Target(path) if kind == "merged" else Target(base_directory(base, home), path)
+
+
+def _made(db: Database, name: str) -> tuple[str, str, Path]:
+    """Kind, base and directory of a model that a job made; 404 when it is not here."""
+    if "\x00" in name:
+        raise model_missing(name)
     with read(db) as session:
         made = session.scalar(select(Model).where(Model.id == name))
         if made is not None:
@@ -109,7 +117,29 @@ def target(db: Database, home: Path, name: str) -> Target:
             kind, base, path = row[0].kind, row[1], Path(row[0].path)
     if not path.is_dir():
         raise model_missing(name)
-    return Target(path) if kind == "merged" else Target(base_directory(base, home), path)
+    return kind, base, path
+
+
+def check_trainable(db: Database, home: Path, name: str) -> None:
+    """Refuse a model that no job can start from: one that is not here, or one that a job made.
+
+    Args:
+        db: The database.
+        home: The data folder.
+        name: As the client wrote it.
+
+    Raises:
+        APIError: 404 when there is no such model, 400 when it is a tuned one, naming its base.
+    """
+    if not name.startswith("ft:"):
+        base_directory(name, home)
+        return
+    _, base, _ = _made(db, name)
+    message = (
+        f"The model {name[:200]!r} is a tuned one, and jobs start from a base model only. Its base is {base!r}: give "
+        "that as the model."
+    )
+    raise bad_request(message, param="model", code="base_model_required")
 
 
 @lru_cache(maxsize=64)

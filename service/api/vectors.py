@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
 from sqlalchemy import Engine as Database
-from sqlalchemy import delete, select
+from sqlalchemy import case, delete, func, literal, select, tuple_
 
 from core.config import ConfigError, parse
 from service.api.deps import Caller, Config, Counts, Db, Jobs, Mover, needs
@@ -23,7 +24,7 @@ from service.api.docs import errors_of
 from service.api.errors import APIError, bad_request, not_found
 from service.api.files import body_of, declared_length
 from service.api.fine_tuning import IdempotencyKey, RetryCount, body_hash, check_data, listing, retries, submit
-from service.api.resolve import base_directory
+from service.api.resolve import check_trainable
 from service.api.schemas.common import Deleted
 from service.api.schemas.resources import FitVector, JobError, Listing, VectorObject
 from service.db.engine import read, write
@@ -99,12 +100,13 @@ def wire_job(job: Job) -> VectorObject:
     )
 
 
-def find(db: Database, name: str) -> Vector | Job:
+def find(db: Database, name: str, *, param: str = "vector_id") -> Vector | Job:
     """The row of a vector, or the job that is to make it.
 
     Args:
         db: The database.
         name: The id as it was asked for.
+        param: The parameter that held it, for the error.
 
     Returns:
         The vector's row, else its job's.
@@ -121,7 +123,7 @@ def find(db: Database, name: str) -> Vector | Job:
             job = session.scalar(select(Job).where(Job.id == job_id, Job.kind == "steering_fit"))
             if job is not None and job.status != "succeeded":  # a succeeded one without a row: the vector was deleted
                 return job
-    raise not_found("steering vector", name, param="vector_id", code="vector_not_found")
+    raise not_found("steering vector", name, param=param, code="vector_not_found")
 
 
 @router.post("/v1/steering/vectors", response_model=VectorObject, responses=errors_of(404, 409, 422, 507))
@@ -159,7 +161,7 @@ def fit_vector(
     )
 
     def check() -> None:
-        base_directory(wanted.model, settings.home)
+        check_trainable(db, settings.home, wanted.model)
         check_data(db, wanted.training_file, "training_file", ("steering", "fine-tune"))
 
     job = submit(store, new, check, idempotency_key=idempotency_key, retry_count=retries(retry_count))
@@ -236,20 +238,32 @@ def list_vectors(
     after: Annotated[str | None, Query(max_length=64)] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> Listing[VectorObject]:
-    """Vectors that are ready, newest first; on the first page, before them, those whose fit is not over."""
-    query = select(Vector).order_by(Vector.number.desc()).limit(limit + 1)
-    pending: list[Job] = []
+    """Vectors, those whose fit is not over among them, in the order in which they were asked for, newest first."""
+    # A fit's place is its job's, before and after it ends: nobody who walks the pages misses it or meets it twice.
+    fits = select(Job).where(Job.kind == "steering_fit", Job.status.not_in(TERMINAL))
+    vectors = select(Vector, Job).join(Job, Job.id == Vector.job_id, isouter=True)
+    fit_place = tuple_(Job.created_at, literal(1), Job.number)
+    parts = (
+        func.coalesce(Job.created_at, Vector.created_at),
+        case((Job.id.is_(None), 0), else_=1),
+        func.coalesce(Job.number, Vector.number),
+    )
+    last = None if after is None else find(db, after, param="after")
     with read(db) as session:
-        if after is None:
-            waiting = select(Job).where(Job.kind == "steering_fit", Job.status.not_in(TERMINAL))
-            pending = list(session.scalars(waiting.order_by(Job.number.desc()).limit(limit)))
-        else:
-            last = find(db, after)
-            if isinstance(last, Vector):
-                query = query.where(Vector.number < last.number)
-        rows = session.scalars(query).all()
-    data = [wire_job(job) for job in pending] + [wire(row) for row in rows[:limit]]
-    return listing(data, len(rows) > limit)
+        if last is not None:
+            job = last if isinstance(last, Job) else session.scalar(select(Job).where(Job.id == last.job_id))
+            row = last if job is None else job
+            bound = tuple_(literal(row.created_at), literal(0 if job is None else 1), literal(row.number))
+            fits, vectors = fits.where(fit_place < bound), vectors.where(tuple_(*parts) < bound)
+        found: list[tuple[tuple[int, int, int], VectorObject]] = [
+            ((job.created_at, 1, job.number), wire_job(job))
+            for job in session.scalars(fits.order_by(Job.created_at.desc(), Job.number.desc()).limit(limit + 1))
+        ]
+        for vector, job in session.execute(vectors.order_by(*(part.desc() for part in parts)).limit(limit + 1)):
+            row = vector if job is None else job
+            found.append(((row.created_at, 0 if job is None else 1, row.number), wire(vector)))
+    found.sort(key=itemgetter(0), reverse=True)
+    return listing([shown for _, shown in found[:limit]], len(found) > limit)
 
 
 @router.get("/v1/steering/vectors/{vector_id}", response_model=VectorObject, responses=errors_of(404))

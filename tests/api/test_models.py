@@ -106,6 +106,36 @@ async def test_a_checkpoint_is_a_model_until_retention_takes_it(
         assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
 
 
+@pytest.mark.parametrize("kind", ["adapter", "merged", "checkpoint", "gone checkpoint", "unknown"])
+@pytest.mark.parametrize("route", ["/v1/fine_tuning/jobs", "/v1/steering/vectors"])
+async def test_a_job_from_a_tuned_model_is_told_the_base(
+    app: FastAPI, client: httpx.AsyncClient, settings: Settings, base: str, kind: str, route: str
+) -> None:
+    name, folder = put_model(app, settings.home, kind="merged" if kind == "merged" else "adapter")
+    if "checkpoint" in kind:
+        job = folder.parent.name
+        name += ":ckpt-step-2"
+        row = Checkpoint(
+            id="c", job_id=job, step=2, created_at=1, model_id=name, kind="adapter", path=str(folder), metrics={}
+        )
+        with write(app.state.db) as session:
+            session.add(row)
+    if kind == "gone checkpoint":
+        app.state.store.apply(folder.parent.name, gone=["c"])
+    elif kind == "unknown":
+        name = f"ft:{base}:local::nothing0"
+    else:
+        assert (await client.get(f"/v1/models/{name}")).status_code == 200
+    answer = await client.post(route, json={"model": name, "training_file": "file-x"})
+    error = answer.json()["error"]
+    assert error["param"] == "model"
+    if kind in ("gone checkpoint", "unknown"):
+        assert answer.status_code == 404 and error["code"] == "model_not_found"
+    else:
+        assert answer.status_code == 400 and error["code"] == "base_model_required"
+        assert f"Its base is {base!r}" in error["message"] and name in error["message"]
+
+
 async def test_a_merged_model_is_its_own_base(
     app: FastAPI, client: httpx.AsyncClient, settings: Settings, base: str
 ) -> None:
