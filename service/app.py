@@ -25,6 +25,7 @@ from service.metrics import Metrics
 from service.security.hosts import HostPolicy
 from service.security.keys import ensure_admin
 from service.settings import Settings
+from service.sweep import sweep
 
 log = logger(__name__)
 FOLDERS = ("files", "jobs", "vectors", "models", "logs")
@@ -101,7 +102,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
     settings: Settings = state.settings
     await to_thread.run_sync(_prepare, settings, state.db)
     await to_thread.run_sync(state.scheduler.start)
-    await to_thread.run_sync(_sweep, settings)  # the folder is locked now: what is half uploaded is nobody's
+    await to_thread.run_sync(sweep, settings.home, state.db)  # the folder is locked now: what is half there is nobody's
     log.info("started", home=str(settings.home), admin_key=str(settings.home / "admin.key"))
     try:
         yield
@@ -118,12 +119,6 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
 
 def _stop_scheduler(scheduler: SchedulerLike, settings: Settings) -> None:
     scheduler.stop(end_runs=settings.jobs.end_with_server, seconds=settings.jobs.stop_seconds)
-
-
-def _sweep(settings: Settings) -> None:
-    for folder in ("files", "vectors"):
-        for stray in (settings.home / folder).glob(".*.part"):
-            stray.unlink(missing_ok=True)
 
 
 def _prepare(settings: Settings, db: Any) -> None:
