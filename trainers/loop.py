@@ -164,7 +164,7 @@ class Loop:
             False when a stop was asked for; the state is then saved.
 
         Raises:
-            RunError: The loss or the gradient is not finite.
+            RunError: The loss, the gradient or the loss on the held-out rows is not finite.
         """
         try:
             while True:
@@ -270,15 +270,19 @@ class Loop:
         for name in ("train_loss", "grad_norm"):
             value = measured.get(name, 0.0)
             if not math.isfinite(value):
-                kept = f"the checkpoint of step {self.saved_step} is kept" if self.saved_step else "none was saved yet"
-                hint = "" if self.config.dtype == "float32" else " or set dtype: float32"
-                raise RunError(
-                    f"{'the loss' if name == 'train_loss' else 'the norm of the gradient'} became {value} in step "
-                    f"{self.progress.step + 1}; the step was not taken, and {kept}. Lower learning_rate or clip_norm"
-                    f"{hint}, or look for broken rows in this step",
-                    code="non_finite",
-                    param="learning_rate",
+                what = "the loss" if name == "train_loss" else "the norm of the gradient"
+                raise self._non_finite(
+                    f"{what} became {value} in step {self.progress.step + 1}; the step was not taken"
                 )
+
+    def _non_finite(self, found: str, rows: str = "this step") -> RunError:
+        kept = f"the checkpoint of step {self.saved_step} is kept" if self.saved_step else "none was saved yet"
+        hint = "" if self.config.dtype == "float32" else " or set dtype: float32"
+        return RunError(
+            f"{found}, and {kept}. Lower learning_rate or clip_norm{hint}, or look for broken rows in {rows}",
+            code="non_finite",
+            param="learning_rate",
+        )
 
     def _finish_step(self, measured: dict[str, Any]) -> None:
         """Evaluates if it is time, reports the step, and saves if it is time."""
@@ -294,6 +298,12 @@ class Loop:
                 accelerator=self.accelerator,
                 check=self._check,
             )
+            if not math.isfinite(score.loss):
+                # Kept as the best, it would never be beaten: no number is lower than NaN.
+                when = f"after step {step}" if step else "before the first step"
+                raise self._non_finite(
+                    f"the loss on the held-out rows is {score.loss} {when}; this state was not saved", "eval_file"
+                )
             measured = {**measured, "valid_loss": score.loss, "valid_mean_token_accuracy": score.accuracy}
             if step:
                 improved = self._judge(score.loss)

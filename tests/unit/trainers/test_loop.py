@@ -61,6 +61,30 @@ def test_stops_at_the_first_non_finite_value_and_keeps_the_last_good_checkpoint(
     assert all(value.isfinite().all() for value in kept.tensors.values())
 
 
+@pytest.mark.parametrize(("step", "kept"), [(0, []), (6, [2, 4])])
+def test_stops_at_a_non_finite_loss_on_the_held_out_rows(
+    step: int, kept: list[int], train: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from trainers import loop as module
+    from trainers.evaluation import Score
+
+    real, evaluations = module.evaluate, iter(range(0, 100, 2))
+
+    def evaluate(*args: Any, **settings: Any) -> Score:
+        score = real(*args, **settings)
+        return score._replace(loss=math.nan) if next(evaluations) == step else score
+
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    when = "after step 6.* the checkpoint of step 4 is kept" if step else "before the first step.* none was saved yet"
+    with pytest.raises(RunError, match=f"held-out rows is nan {when}") as caught:
+        train("full", eval_file=HELD_OUT, eval_every=2, save_every=2, export="best", output_dir=str(tmp_path / "run"))
+    assert caught.value.code == "non_finite"
+    assert _kept(tmp_path / "run") == kept
+    if kept:
+        newest = checkpoint.load(tmp_path / "run" / "checkpoints" / "step-00000004")
+        assert math.isfinite(newest.state["progress"]["best_loss"])
+
+
 def test_stops_early_and_exports_the_best(train: Any) -> None:
     # A rate this high makes the held-out rows worse after a few steps.
     result = train(
@@ -82,6 +106,44 @@ def test_stops_early_and_exports_the_best(train: Any) -> None:
     saved = checkpoint.load(result.output / "checkpoints" / f"step-{best:08d}").tensors
     for name, value in exported.named_parameters():
         assert torch.equal(value, saved[f"model.{name}"])
+
+
+def test_a_gain_below_the_delta_is_no_gain(train: Any) -> None:
+    result = train(
+        "full", eval_file=HELD_OUT, eval_every=1, early_stopping_patience=1, early_stopping_delta=100.0, max_steps=8
+    )
+    scores = {event["step"]: event["valid_loss"] for event in result.of_kind("metric") if "valid_loss" in event}
+    assert scores[2] < scores[1], "without the delta, this run would go on"
+    assert max(scores) == 2
+    assert result.checkpoint.state["progress"]["best_step"] == 1
+
+
+def test_evaluation_draws_no_dropout_and_leaves_the_mode_as_it_was(tiny_llama: Path) -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from peft import LoraConfig, get_peft_model
+
+    from trainers.batch import collator
+    from trainers.dataset import read_examples
+    from trainers.evaluation import evaluate
+    from trainers.loss import TokenLoss
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    loaded = load("tiny-llama")
+    rows = read_examples(Path(HELD_OUT), loaded.tokenizer, max_length=64, param="eval_file")[:4]
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5, init_lora_weights=False)
+    loss = TokenLoss(get_peft_model(loaded.model, config)).train()
+    collate = collator(pad_id=0, device=torch.device("cpu"))
+    with torch.no_grad():
+        drawn = {float(loss(**collate(rows))[0]) for _ in range(2)}
+    assert len(drawn) == 2, "dropout acts on this model"
+    accelerator = Accelerator(cpu=True)
+    first, second = (
+        evaluate(loss, rows, size=2, collate=collate, accelerator=accelerator, check=lambda: None) for _ in range(2)
+    )
+    assert first == second
+    assert loss.training
 
 
 def test_keeps_the_newest_checkpoints_and_the_best(train: Any) -> None:
