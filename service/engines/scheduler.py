@@ -7,6 +7,7 @@ Requests are taken in the order in which they came; one that does not fit yet ho
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from service.engines.sampling import choose
 from service.engines.sequence import Sequence, logprobs
 from service.engines.vectors import Vectors, as_engine_error
 from steering.spec import SteeringError
+
+log = logging.getLogger("gradhelm.engine")
 
 Event = tuple[str, Chunk | EngineError]
 
@@ -195,8 +198,8 @@ class Scheduler:
         if stop is not None and stop < len(sequences[0].prompt):
             prefill.done = stop
             return []
-        self._prefill = None
         events = self._choose(logits, sequences)
+        self._prefill = None  # from here on a failure may have touched the batch
         if not self.running and not any(s.over or s.cancelled for s in sequences):
             self._cache, self.running = prefill.cache, list(sequences)
             return events
@@ -238,7 +241,8 @@ class Scheduler:
         try:
             events: list[Event] = work()
             return events
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:  # whatever it is, other requests must not pay for it
+            log.exception("a forward of %d requests failed", len(members))
             if self._prefill is not None and self._prefill.sequences == members:
                 self._prefill = None
             else:  # the batch itself cannot be trusted any more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,6 +61,32 @@ def test_equals_a_list_of_lists(data: st.DataObject) -> None:
     for _ in range(len(rows)):
         cache.drop(0)
     assert cache.nbytes == 0
+
+
+@pytest.mark.parametrize("broken", [1, 2])
+@torch.inference_mode()
+def test_a_broken_row_leaves_nothing_to_a_shorter_one_in_its_place(broken: int) -> None:
+    cache, lengths = RowCache(LAYERS), [9, 4, 4]
+    lengths[broken] = 8
+    for length in lengths:
+        other = RowCache(LAYERS)
+        other.add_rows(1)
+        feed(other, [[]], [length], [1.0])
+        cache.take(other, 0)
+    for buffer in (*cache._keys, *cache._values):
+        assert buffer is not None
+        buffer[broken, :, : lengths[broken]] = torch.nan
+    cache.drop(broken, wipe=True)
+    short = RowCache(LAYERS)
+    short.add_rows(1)
+    feed(short, [[]], [3], [1.0])
+    cache.take(short, 0)
+    cache.begin([1, 1, 1], 1)
+    new = torch.ones(3, HEADS, 1, SIZE)
+    for layer in range(LAYERS):
+        for seen in cache.update(new, new, layer):
+            assert seen.shape[2] == 10, "the longest row, so that the masked columns of the others are seen"
+            assert seen.isfinite().all()
 
 
 def test_a_buffer_is_not_copied_for_every_token() -> None:

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from service.engines import scheduler as module
 from service.engines.base import EngineError, Message, Sampling, Steering, SteeringTerm
 from service.engines.cache import BLOCK
+from service.engines.sampling import choose
 from service.engines.scheduler import Scheduler
 from steering.vector import SteeringVector
 from tests.unit.service.engines.conftest import Kit, make_vector, run
@@ -154,9 +156,10 @@ def test_cancelling_a_neighbour_changes_no_row(llama: Kit) -> None:
     assert text == alone
 
 
-@pytest.mark.parametrize("when", ["prefill", "decode"])
+@pytest.mark.parametrize("kind", [RuntimeError, MemoryError, ValueError, TypeError, AssertionError, IndexError])
+@pytest.mark.parametrize("when", ["prefill", "decode", "choice"])
 def test_a_forward_that_fails_ends_its_requests_and_no_others(
-    llama: Kit, monkeypatch: pytest.MonkeyPatch, when: str
+    llama: Kit, monkeypatch: pytest.MonkeyPatch, when: str, kind: type[Exception]
 ) -> None:
     scheduler = llama.scheduler()
     scheduler.submit(llama.request("old", "hello", adapter=llama.adapters[0], sampling=LONG))
@@ -166,13 +169,22 @@ def test_a_forward_that_fails_ends_its_requests_and_no_others(
 
     def failing(tokens: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         if (max(map(len, tokens)) > 1) == (when == "prefill"):
-            raise RuntimeError("out of memory")
+            raise kind("out of memory")
         return real(tokens, *args, **kwargs)
 
-    monkeypatch.setattr(llama.model, "logits", failing)
+    def choosing(logits: torch.Tensor, samplers: Any) -> list[int]:
+        if new.sampler in samplers and not new.output:
+            raise kind("out of memory")
+        return choose(logits, samplers)
+
+    (new,) = scheduler.waiting
+    if when == "choice":
+        monkeypatch.setattr(module, "choose", choosing)
+    else:
+        monkeypatch.setattr(llama.model, "logits", failing)
     failed = {name: what for name, what in scheduler.step() if isinstance(what, EngineError)}
     monkeypatch.undo()
-    assert set(failed) == ({"new"} if when == "prefill" else {"old", "new"})
+    assert set(failed) == ({"old", "new"} if when == "decode" else {"new"})
     assert all(error.status == 503 and "out of memory" in error.message for error in failed.values())
     while scheduler.busy:
         scheduler.step()
@@ -185,10 +197,11 @@ def test_steering_that_overflows_ends_only_its_row_and_poisons_no_later_one(llam
     largest = max(float(d.abs().max()) for d in vector.directions.values())
     strong = Steering((SteeringTerm(llama.vector, 3.4e38 / largest, positions="generated"),))
     sampling = Sampling(temperature=0, max_tokens=30, logprobs=0)
-    keep = llama.request("keep", "where is my parcel", sampling=sampling)
+    # The longest row stays, so that attention sees, masked, the columns that the broken row left to a shorter one.
+    keep = llama.request("keep", "where is my parcel " * 20, sampling=sampling)
     later = llama.request("later", "one", sampling=sampling)
     alone = {name: run(llama.scheduler(), [r])[name] for name, r in (("keep", keep), ("later", later))}
-    broken = llama.request("broken", "the order is late " * 20, sampling=sampling, steering=strong)
+    broken = llama.request("broken", "the order is late " * 5, sampling=sampling, steering=strong)
     together = run(llama.scheduler(), [keep, broken, later], at=[0, 1, 6])
     error = together["broken"].error
     assert error is not None and (error.status, error.code) == (400, "steering_too_strong")
