@@ -17,6 +17,16 @@ from trainers.schedule import Schedule
 
 DEFAULT_METHOD = "lora"
 
+_ADJUSTABLE = (
+    "schedule",
+    "warmup_ratio",
+    "warmup_steps",
+    "clip_norm",
+    "early_stopping_patience",
+    "early_stopping_delta",
+    "export",
+)
+
 T = TypeVar("T")
 
 
@@ -151,6 +161,12 @@ class Run:
     def peak_learning_rate(self) -> float:
         """Peak learning rate, multiplier included."""
         return (self.config.learning_rate or self.method.learning_rate) * self.config.learning_rate_multiplier
+
+    @property
+    def adjustable(self) -> dict[str, Any]:
+        """Settings that a resumed run may change, but whose change makes it differ from an uninterrupted one."""
+        config = self.config
+        return {"learning_rate": self.peak_learning_rate} | {name: getattr(config, name) for name in _ADJUSTABLE}
 
     def as_dict(self) -> dict[str, Any]:
         """The run file that would give this run, every default written out."""

@@ -141,6 +141,14 @@ class Loop:
                     f"the checkpoint was made on {saved.state['threads']} threads and this run has "
                     f"{self.config.cpu_threads()}: results may differ in the last bits",
                 )
+            # Checkpoints of earlier versions do not say.
+            before, now = saved.state.get("adjustable", {}), self.run_file.adjustable
+            for name in [name for name in now if name in before and before[name] != now[name]]:
+                self.reporter.message(
+                    "warn",
+                    f"the checkpoint was made with {name} {before[name]} and this run has {now[name]}, from step "
+                    f"{self.progress.step} on: results will differ from those of an uninterrupted run",
+                )
         if self.accelerator.is_main_process:
             self.metrics = MetricsFile(Path(self.config.output_dir) / "metrics.csv", after=self.progress.step)
 
@@ -371,6 +379,7 @@ class Loop:
                 "rng": everyone,
                 "optimizer": optimizer,
                 "signature": self.signature,
+                "adjustable": self.run_file.adjustable,
                 "threads": self.config.cpu_threads(),
             }
             serve = not stopping or self.run_file.method.makes == "adapter"
@@ -403,7 +412,10 @@ class Loop:
         return {*newest, step} if best is None else {*newest, step, best}
 
     def _check_signature(self, saved: dict[str, Any]) -> None:
-        changed = [name for name, value in self.signature.items() if saved.get(name) != value]
+        # Without held-out rows in the checkpoint, or in one of an earlier version, any may be evaluated from here on.
+        known = self.signature if "eval_file" in saved else self.signature | {"eval_file": None}
+        names = dict.fromkeys((*self.signature, *saved))
+        changed = [name for name in names if known.get(name) != saved.get(name)]
         if changed:
             raise RunError(
                 f"the checkpoints in {self.root} belong to a run with other {', '.join(changed)}; give a fresh "

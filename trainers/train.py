@@ -177,7 +177,8 @@ def _card(run: Run, loaded: Loaded) -> dict[str, Any]:
 def _signature(run: Run, loaded: Loaded, processes: int, dtype: str) -> dict[str, Any]:
     """What must be equal for a checkpoint to be gone on with; the number of steps may be raised."""
     config = run.config
-    return {
+    held_out = {"eval_file": file_digest(Path(config.eval_file))} if config.eval_file else {}
+    return held_out | {
         "base": loaded.fingerprint,
         "train_file": file_digest(Path(config.train_file)),
         "method": {"name": run.method.name, **dump(run.settings)},

@@ -118,6 +118,62 @@ def test_checkpoints_of_another_run_are_refused(train: Any) -> None:
     assert caught.value.param == "output_dir"
 
 
+def test_other_held_out_rows_make_another_run(train: Any, tmp_path: Path) -> None:
+    rows = (DATA / "harbour-held-out.jsonl").read_text().splitlines(keepends=True)
+    paths = [tmp_path / name for name in ("held-out.jsonl", "moved.jsonl", "other.jsonl")]
+    for path, some in zip(paths, (rows, rows, rows[:-1]), strict=True):
+        path.write_text("".join(some))
+    held_out, moved, other = (str(path) for path in paths)
+    train("lora", max_steps=1)
+    train("lora", max_steps=2, eval_file=held_out)  # no held-out rows before: nothing to compare with
+    assert train("lora", max_steps=3, eval_file=moved).code == SUCCEEDED
+    for changed in ({"eval_file": other}, {}):
+        with pytest.raises(RunError, match="run with other eval_file;") as caught:
+            train("lora", max_steps=4, **changed)
+        assert caught.value.code == "checkpoint_mismatch"
+
+
+ADJUSTED = {
+    "learning_rate": (2e-3, 1e-3),
+    "schedule": ("linear", "cosine"),
+    "warmup_ratio": (0.03, 0.1),
+    "warmup_steps": (None, 1),
+    "clip_norm": (1.0, 0.5),
+    "early_stopping_patience": (None, 5),
+    "early_stopping_delta": (0.0, 0.5),
+    "export": ("auto", "best"),
+}
+
+
+def _warnings(result: Any) -> list[str]:
+    said = [event["message"] for event in result.of_kind("message") if event["level"] == "warn"]
+    return [message for message in said if message.startswith("the checkpoint was made")]
+
+
+def test_a_resume_with_other_settings_says_which(train: Any) -> None:
+    held_out = {"eval_file": str(DATA / "harbour-held-out.jsonl")}
+    train("lora", max_steps=2, **held_out)
+    assert not _warnings(train("lora", max_steps=3, **held_out)), "a longer run is the same run"
+    now = {name: new for name, (_, new) in ADJUSTED.items()}
+    said = _warnings(train("lora", max_steps=4, **held_out, **now))
+    assert len(said) == len(ADJUSTED)
+    for message, (name, (old, new)) in zip(said, ADJUSTED.items(), strict=True):
+        assert f"with {name} {old} and this run has {new}, from step 3 on" in message
+
+
+def test_a_checkpoint_that_does_not_name_its_settings_is_gone_on_with(train: Any) -> None:
+    held_out = {"eval_file": str(DATA / "harbour-held-out.jsonl")}
+    result = train("lora", max_steps=2, **held_out)
+    saved = result.checkpoint
+    state = {name: value for name, value in saved.state.items() if name != "adjustable"}
+    del state["signature"]["eval_file"]
+    checkpoint.save(result.output / "checkpoints", step=saved.step, tensors=saved.tensors, state=state)
+    longer = train("lora", max_steps=3, clip_norm=0.5, **held_out)
+    assert longer.code == SUCCEEDED
+    assert not _warnings(longer)
+    assert "eval_file" in longer.checkpoint.state["signature"]
+
+
 def test_a_run_can_be_made_longer(train: Any) -> None:
     assert len(train("lora", max_steps=2).metrics) == 2
     longer = train("lora", max_steps=5)
