@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from service.engines.base import Sampling
 from service.engines.detokenise import Texts
-from service.engines.sequence import Sequence
+from service.engines.sequence import Logprob, Sequence
 from tests.unit.service.engines.conftest import Kit
 
 TEXTS = st.text(st.characters(blacklist_categories=["Cs"]), max_size=20)
@@ -86,6 +86,21 @@ def answer(llama: Kit, text: str, cut: int | None = None, **sampling: Any) -> tu
         if made.finish:
             break
     return pieces, made.finish
+
+
+def test_offsets_of_tokens_are_places_in_the_text(llama: Kit) -> None:
+    text = "é is \u2581 and \U0001f600."
+    ids = llama.ids(text)
+    eos = llama.model.eos
+    texts = Texts(llama.loaded.tokenizer)
+    made = Sequence(llama.request("1", "x", sampling=Sampling(logprobs=0)), [1], limit=100, texts=texts, eos=eos)
+    notes = []
+    for token in [*ids, min(eos)]:
+        chunk = made.push(token, Logprob(-1.0, ()))
+        notes += chunk.logprobs if chunk else ()
+    before = [b"".join(texts.get(i)[1] for i in ids[:n]).decode(errors="ignore") for n in range(len(ids))]
+    assert [note.offset for note in notes] == [len(one) for one in before]
+    assert len(set(before)) < len(ids), "some character is spread over tokens"
 
 
 def test_a_stop_string_across_tokens_never_shows(llama: Kit) -> None:

@@ -23,6 +23,7 @@ LOGPROBS = st.builds(
     st.lists(st.builds(base.TopLogprob, TEXT, st.lists(st.integers(0, 255), max_size=3), FLOATS), max_size=2).map(
         tuple
     ),
+    st.integers(0, 9),
 )
 LAYERS = st.lists(st.integers(0, 40), max_size=3).map(tuple)
 CHUNKS = st.builds(
