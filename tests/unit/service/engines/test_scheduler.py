@@ -195,7 +195,10 @@ def test_a_forward_that_fails_ends_its_requests_and_no_others(
 def test_steering_that_overflows_ends_only_its_row_and_poisons_no_later_one(llama: Kit, tmp_path: Path) -> None:
     vector = SteeringVector.load(Path(llama.vector))
     largest = max(float(d.abs().max()) for d in vector.directions.values())
-    strong = Steering((SteeringTerm(llama.vector, 3.4e38 / largest, positions="generated"),))
+    # Twice the largest number on the first layer's output: the keys and values of the second are no numbers.
+    mlp = make_vector(llama.loaded, tmp_path / "mlp.safetensors", site="mlp")
+    terms = [SteeringTerm(path, 3.4e38 / largest, positions="generated") for path in (llama.vector, mlp)]
+    strong = Steering(tuple(terms))
     sampling = Sampling(temperature=0, max_tokens=30, logprobs=0)
     # The longest row stays, so that attention sees, masked, the columns that the broken row left to a shorter one.
     keep = llama.request("keep", "where is my parcel " * 20, sampling=sampling)
