@@ -14,12 +14,12 @@ from sqlalchemy import Engine as Database
 from service.api import methods
 from service.api.deps import Caller, Config, Db, Jobs, Mover, needs
 from service.api.docs import errors_of
-from service.api.errors import bad_request
+from service.api.errors import bad_request, not_found
 from service.api.files import find as find_file
 from service.api.resolve import check_trainable
 from service.api.schemas.resources import CheckpointObject, CreateJob, JobError, JobObject, Listing
 from service.db.tables import Checkpoint, Job
-from service.jobs.records import NewJob
+from service.jobs.records import NewJob, UnknownJob
 from service.jobs.store import JobStore
 
 router = APIRouter(tags=["fine-tuning"])
@@ -302,5 +302,10 @@ def list_checkpoints(
     limit: Annotated[int, Query(ge=1, le=1000)] = 10,
 ) -> Listing[CheckpointObject]:
     """Checkpoints that can be used as models, newest first."""
-    page = store.checkpoints(known_id(fine_tuning_job_id) or "", after=known_id(after), limit=limit)
+    try:
+        page = store.checkpoints(known_id(fine_tuning_job_id) or "", after=known_id(after), limit=limit)
+    except UnknownJob:
+        raise
+    except LookupError:
+        raise not_found("checkpoint of this job", after or "", param="after") from None
     return listing([wire_checkpoint(row) for row in page.data], page.has_more)

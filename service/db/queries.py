@@ -100,12 +100,18 @@ def checkpoints_page(
 
     Returns:
         Rows.
+
+    Raises:
+        LookupError: ``after`` is no checkpoint of this job.
     """
     query = select(Checkpoint).where(Checkpoint.job_id == job_id).order_by(Checkpoint.step.desc()).limit(limit)
     if available:
         query = query.where(Checkpoint.available)
     if after is not None:
-        query = query.where(Checkpoint.step < select(Checkpoint.step).where(Checkpoint.id == after).scalar_subquery())
+        step = session.scalar(select(Checkpoint.step).where(Checkpoint.id == after, Checkpoint.job_id == job_id))
+        if step is None:
+            raise LookupError(after)
+        query = query.where(Checkpoint.step < step)
     return session.scalars(query).all()
 
 

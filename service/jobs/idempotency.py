@@ -118,7 +118,11 @@ def release(session: Session, key_id: str, key: str, token: str) -> None:
 
 
 def recent(session: Session, key_id: str, body_hash: str, now: float) -> Job | None:
-    """The job that a keyless retry means: the newest one of the same API key and body.
+    """The job that a keyless retry means: the newest one of the same API key and body that has not come to nothing.
+
+    A retry says that its first attempt was not answered, not whether it arrived. Where it did not, and the same body
+    was submitted on purpose within the ten minutes before, this answers with that earlier job. An ``Idempotency-Key``
+    has no such doubt.
 
     Args:
         session: any transaction.
@@ -131,7 +135,12 @@ def recent(session: Session, key_id: str, body_hash: str, now: float) -> Job | N
     """
     return session.scalars(
         select(Job)
-        .where(Job.key_id == key_id, Job.body_hash == body_hash, Job.created_at >= int(now) - RETRY_SECONDS)
+        .where(
+            Job.key_id == key_id,
+            Job.body_hash == body_hash,
+            Job.created_at >= int(now) - RETRY_SECONDS,
+            Job.status.not_in(("failed", "cancelled")),
+        )
         .order_by(Job.number.desc())
         .limit(1)
     ).one_or_none()

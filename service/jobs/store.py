@@ -284,6 +284,7 @@ class JobStore:
 
         Raises:
             UnknownJob: there is no such job.
+            LookupError: ``after`` is no checkpoint of this job.
         """
         with read(self.engine) as session:
             _get(session, job_id)

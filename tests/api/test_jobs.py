@@ -161,3 +161,9 @@ async def test_pages_and_metadata(client: httpx.AsyncClient, base: str) -> None:
         assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "metadata", query
     unknown = await client.get("/v1/fine_tuning/jobs?after=ftjob-none")
     assert unknown.status_code == 404
+
+
+async def test_a_page_of_checkpoints_starts_at_one_of_this_job(client: httpx.AsyncClient, base: str) -> None:
+    job = (await create(client, base)).json()["id"]
+    answer = await client.get(f"/v1/fine_tuning/jobs/{job}/checkpoints", params={"after": "ftckpt-none"})
+    assert answer.status_code == 404 and answer.json()["error"]["param"] == "after"

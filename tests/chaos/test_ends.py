@@ -1,4 +1,4 @@
-"""Promises 3, 4, 7, 14: deaths are noticed and explained, foreign processes are left alone, cancel ends everything."""
+"""Deaths are noticed and explained, foreign processes are left alone, cancel ends everything."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_death_is_noticed_and_explained(shared: Server, figure, end: str, code
         assert "attempt 1 begins after step 0" in job["error"]["message"]
     assert len(shared.starts(job_id)) == 1  # what cannot succeed is not tried again
     delay = time.time() - exit_record["finished_at"]
-    figure(f"3. {end}: terminal {delay:.2f} s after the end (target 2 s, polling and HTTP included)")
+    figure(f"{end}: terminal {delay:.2f} s after the end (target 2 s, polling and HTTP included)")
     assert delay <= 2.0
     assert shared.process is not None
     until(lambda: shared.process.pid not in zombies(), 2, "the collection of the supervisor")
@@ -65,7 +65,7 @@ def test_killed_and_out_of_memory_are_retried_and_a_poison_job_ends(shared: Serv
         assert (job["status"], job["error"]["code"]) == ("failed", "run_killed")
         assert "signal 9 (SIGKILL)" in job["error"]["message"] and "after 3 retries" in job["error"]["message"]
         assert len(shared.starts(poison)) == 4
-        figure("14. killed, out of memory: 2 starts each; poison job: 4 starts, then failed; ValueError: 1 start")
+        figure("killed, out of memory: 2 starts each; poison job: 4 starts, then failed; ValueError: 1 start")
 
 
 def test_a_forged_record_harms_nobody(server: Server) -> None:
@@ -111,7 +111,7 @@ def test_cancel_ends_every_descendant(shared: Server, figure) -> None:
         assert [pid for pid, started in tree.items() if processes.start_time(pid) == started] == []
         assert processes.marked(job_id) == set()
         assert took <= (grace + 1 if stubborn else 1.5)
-        figure(f"7. tree of 5, stubborn={stubborn}: cancelled after {took:.2f} s (grace {grace:.0f} s), 0 survivors")
+        figure(f"tree of 5, stubborn={stubborn}: cancelled after {took:.2f} s (grace {grace:.0f} s), 0 survivors")
 
 
 def test_a_cooperative_cancel_is_quick(shared: Server, figure) -> None:
@@ -124,7 +124,7 @@ def test_a_cooperative_cancel_is_quick(shared: Server, figure) -> None:
         shared.wait(job_id)
         took.append(time.monotonic() - began)
     p95 = statistics.quantiles(took, n=20)[-1] if len(took) > 1 else took[0]
-    figure(f"7. cooperative cancel, {len(took)} times: p95 {p95:.2f} s (target 1 s)")
+    figure(f"cooperative cancel, {len(took)} times: p95 {p95:.2f} s (target 1 s)")
     assert p95 <= 1.0
 
 

@@ -1,4 +1,4 @@
-"""Promises 15 and 16: logs stream and resume without loss, and a chatty job cannot fill the disk."""
+"""Logs stream and resume without loss, and a chatty job cannot fill the disk."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_stream_is_taken_up_again_where_it_broke(shared: Server, figure) -> No
     growth = (peak - before) / 2**20
     median = sorted(first_bytes)[len(first_bytes) // 2]
     figure(
-        f"15. {count} lines, {drops} dropped clients: 0 lost, 0 twice; memory +{growth:.0f} MiB (target 20);"
+        f"{count} lines, {drops} dropped clients: 0 lost, 0 twice; memory +{growth:.0f} MiB (target 20);"
         f" first byte after {median * 1000:.0f} ms, {max(first_bytes) * 1000:.0f} ms at most (target 200)"
     )
     assert growth <= 20
@@ -96,6 +96,4 @@ def test_a_chatty_job_is_capped_and_told(shared: Server, figure) -> None:
     tail = shared.call("GET", f"/v1/fine_tuning/jobs/{job_id}/logs", headers={"Range": "bytes=-80"})
     assert tail.status_code == 206 and len(tail.content) == 80
     assert until(shared.ready, 5)
-    figure(
-        f"16. {size >> 20} MiB of prints, quota {quota >> 20} MiB: at most {most / 2**20:.1f} MiB on disk, told once"
-    )
+    figure(f"{size >> 20} MiB of prints, quota {quota >> 20} MiB: at most {most / 2**20:.1f} MiB on disk, told once")

@@ -1,4 +1,4 @@
-"""Promises 1, 5, 9, 12: what was accepted ends once, whatever dies in between; what is repeated is done once."""
+"""What was accepted ends once, whatever dies in between; what is repeated is done once."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_kill_the_server_while_jobs_come_in(home, figure) -> None:
             kind = 0 if n % 10 else n // 10 % 3
             assert (status, code) == [("succeeded", ""), ("failed", "run_crashed"), ("failed", "missing_content")][kind]
             assert len(server.starts(job_id)) == (0 if kind == 2 else 1), "a run was started again"
-        figure(f"1. {JOBS} jobs, {KILLS} kill -9 of the server: {len(lost)} lost, {len(doubled)} doubled, 0 runs twice")
+        figure(f"{JOBS} jobs, {KILLS} kill -9 of the server: {len(lost)} lost, {len(doubled)} doubled, 0 runs twice")
 
 
 def test_fifty_posts_at_once_with_one_key(server: Server, figure) -> None:
@@ -138,4 +138,4 @@ def test_fifty_posts_at_once_with_one_key(server: Server, figure) -> None:
     assert {retried.json()["id"]} == ids
     listed = server.call("GET", "/v1/fine_tuning/jobs").json()["data"]
     assert len(listed) == 1
-    figure("12. the same key 50 times at once, after a kill -9, and as an SDK's retry: 1 job; other body: 422")
+    figure("the same key 50 times at once, after a kill -9, and as an SDK's retry: 1 job; other body: 422")

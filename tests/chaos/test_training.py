@@ -1,4 +1,4 @@
-"""Promises 2, 10, 11 with the real trainer on the two-layer model: interrupted, paused or orphaned, it ends bitwise the
+"""With the real trainer on the two-layer model: interrupted, paused or orphaned, it ends bitwise the
 same as if nothing had happened."""
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def test_killed_and_resumed_is_never_interrupted(tmp_path: Path, tiny_llama: Pat
     assert torn.finish(handle).code == 0
     assert losses(torn.folder) == losses(calm.folder)
     assert artifact(torn.folder) == artifact(calm.folder) != {}
-    figure(f"11. {method}: kill -9 after steps {moments}: losses and weights bitwise those of a calm run")
+    figure(f"{method}: kill -9 after steps {moments}: losses and weights bitwise those of a calm run")
 
 
 def torn_events(run: Run) -> bool:
@@ -172,7 +172,7 @@ def test_orphaned_and_paused_runs_end_as_calm_ones(home: Path, figure) -> None:
             assert losses(server.folder(job_id)) == losses(server.folder(calm))
             assert artifact(server.folder(job_id)) == artifact(server.folder(calm)) != {}
         figure(
-            f"2. kill -9 of the server {kills} times in {runs} runs: adopted {len(delays)}/{kills}, the next step seen"
+            f"kill -9 of the server {kills} times in {runs} runs: adopted {len(delays)}/{kills}, the next step seen"
             f" at most {max(delays):.1f} s later (target 5), events without gap, bitwise the calm run"
         )
         assert max(delays) <= 5
@@ -187,4 +187,4 @@ def test_orphaned_and_paused_runs_end_as_calm_ones(home: Path, figure) -> None:
         assert server.wait(paused, seconds=400)["status"] == "succeeded"
         assert losses(server.folder(paused)) == losses(server.folder(calm))
         assert artifact(server.folder(paused)) == artifact(server.folder(calm))
-        figure(f"10. paused after step {at} and resumed: losses and weights bitwise those of a calm run")
+        figure(f"paused after step {at} and resumed: losses and weights bitwise those of a calm run")

@@ -1,4 +1,4 @@
-"""Promises 13, 31, 32: a graceful stop, a full disk, a locked database."""
+"""A graceful stop, a full disk, a locked database."""
 
 from __future__ import annotations
 
@@ -71,9 +71,7 @@ def test_sigterm_under_load(server: Server, figure) -> None:
     server.start()
     assert server.wait(job_id, seconds=60)["status"] == "succeeded"
     assert len(server.starts(job_id)) == 1
-    figure(
-        f"13. SIGTERM under load: exit after {took:.1f} s (target 10), {answers['200']} answers, training left running"
-    )
+    figure(f"SIGTERM under load: exit after {took:.1f} s (target 10), {answers['200']} answers, training left running")
 
 
 @pytest.fixture
@@ -128,7 +126,7 @@ def test_a_full_disk_is_survived(small_disk: Path, tiny_llama: Path, figure) -> 
         with contextlib.closing(sqlite3.connect(home / "gradhelm.db")) as db:
             assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         codes = [answer.status_code for answer in answers]
-        figure(f"31. full disk: upload and submit answered {codes}; job and server recovered without a restart")
+        figure(f"full disk: upload and submit answered {codes}; job and server recovered without a restart")
 
 
 def test_a_locked_database_is_survived(server: Server, home: Path, figure) -> None:
@@ -152,4 +150,4 @@ def test_a_locked_database_is_survived(server: Server, home: Path, figure) -> No
     events = server.call("GET", f"/v1/fine_tuning/jobs/{job_id}/events?limit=500").json()["data"]
     steps = [event["data"]["step"] for event in events if event["type"] == "metrics"]
     assert sorted(steps) == list(range(1, 101))
-    figure(f"32. write lock held 5 s: 503 and Retry-After after {waited:.1f} s; run and lease untouched, no event lost")
+    figure(f"write lock held 5 s: 503 and Retry-After after {waited:.1f} s; run and lease untouched, no event lost")

@@ -1,4 +1,4 @@
-"""Promise 5: no job runs twice at once, even under two schedulers, one of which sleeps beyond its lease."""
+"""No job runs twice at once, even under two schedulers, one of which sleeps beyond its lease."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_two_schedulers_share_a_thousand_jobs(store: JobStore, folder: Path, sch
     until(lambda: store.counts().get("succeeded") == count, 240, "the end of all jobs")
     starts = Counter((folder / "starts").read_text().splitlines())
     assert starts == Counter(f"{kind} {job_id}" for job_id in ids for kind in ("validation", "run"))
-    figure(f"5. two schedulers, {count} jobs: 0 doubles")
+    figure(f"two schedulers, {count} jobs: 0 doubles")
 
 
 def put_to_sleep(pid: int, folder: Path) -> None:
@@ -108,4 +108,4 @@ def test_a_holder_that_sleeps_beyond_its_lease(store: JobStore, folder: Path, sc
         assert len(steps) == len(set(steps)) == 160  # no line of its events was taken over twice
         stale += 1
     assert list(folder.glob("jobs/*/DOUBLE")) == []
-    figure(f"5. {stale} holders slept beyond their lease: taken over each time, 0 doubles, 0 stale writes landed")
+    figure(f"{stale} holders slept beyond their lease: taken over each time, 0 doubles, 0 stale writes landed")

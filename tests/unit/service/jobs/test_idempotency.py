@@ -93,6 +93,15 @@ def test_two_deliberate_posts_are_two_jobs_and_a_retry_means_the_newer(store: Jo
     assert store.create(new_job(), retry_count=1).job.id == second.job.id
 
 
+def test_a_retry_is_not_answered_with_a_job_that_came_to_nothing(store: JobStore) -> None:
+    first, second = store.create(new_job()), store.create(new_job())
+    store.request_cancel(second.job.id)
+    assert store.get(second.job.id).status == "cancelled"
+    assert store.create(new_job(), retry_count=1).job.id == first.job.id
+    store.request_cancel(first.job.id)
+    assert not store.create(new_job(), retry_count=1).replayed
+
+
 def test_an_explicit_key_wins_over_the_retry_count(store: JobStore) -> None:
     first = store.create(new_job())
     assert store.create(new_job(), idempotency_key="k", retry_count=1).job.id != first.job.id

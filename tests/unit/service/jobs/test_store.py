@@ -223,6 +223,10 @@ def test_checkpoints_page_and_replace(store: JobStore) -> None:
     page = store.checkpoints(job.id, limit=1)
     assert [c.step for c in page.data] == [3] and page.has_more
     (second,) = store.checkpoints(job.id, after=page.data[0].id).data
+    other = store.create(new_job()).job.id
+    for stranger, after in ((job.id, "ftckpt-none"), (other, page.data[0].id)):
+        with pytest.raises(LookupError, match=after):
+            store.checkpoints(stranger, after=after)
     assert (second.step, second.path, second.id) == (2, "b", "ftckpt-2-a")
     assert [c.step for c in store.checkpoints(job.id, available=False).data] == [3, 2, 1]
 
