@@ -7,8 +7,11 @@ answer would then own two jobs; so such a retry answers with the newest job of t
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
+from typing import Any
 
 from sqlalchemy import ColumnElement, delete, select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from service.db.tables import Idempotency, Job
@@ -56,18 +59,15 @@ def enter(session: Session, key_id: str, key: str, body_hash: str, token: str | 
     """
     if not key or len(key) > 255:
         raise ValueError("an Idempotency-Key has 1 to 255 characters")
-    row = session.scalars(
-        select(Idempotency).where(Idempotency.key_id == key_id, Idempotency.key == key).with_for_update()
-    ).one_or_none()
-    if row is not None and row.created_at < now - KEEP_SECONDS:
-        session.delete(row)
-        session.flush()
-        row = None
-    if row is None:
+    mine = select(Idempotency).where(Idempotency.key_id == key_id, Idempotency.key == key).with_for_update()
+    while (row := session.scalars(mine).one_or_none()) is None or row.created_at < now - KEEP_SECONDS:
+        if row is not None:
+            session.delete(row)
+            session.flush()
         held = token or secrets.token_hex(16)
-        session.add(Idempotency(key_id=key_id, key=key, body_hash=body_hash, token=held, job_id=None, created_at=now))
-        session.flush()
-        return held
+        values = {"key_id": key_id, "key": key, "body_hash": body_hash, "token": held, "job_id": None}
+        if _insert(session, {**values, "created_at": now}):
+            return held
     if row.body_hash != body_hash:
         raise IdempotencyMismatch(
             "this Idempotency-Key was used with another request body in the last 24 hours; use a new key"
@@ -83,6 +83,13 @@ def enter(session: Session, key_id: str, key: str, body_hash: str, token: str | 
     row.created_at = now
     session.flush()
     return row.token
+
+
+def _insert(session: Session, values: Mapping[str, Any]) -> bool:
+    """Insert a row unless a concurrent request has: a row that is not there yet cannot be locked against that."""
+    made = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
+    query = made(Idempotency).values(**values).on_conflict_do_nothing().returning(Idempotency.token)
+    return session.execute(query).first() is not None
 
 
 def complete(session: Session, key_id: str, key: str, job_id: str) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 
 import pytest
+from sqlalchemy import Engine, event, insert
 
+from service.db.tables import Idempotency
 from service.jobs.idempotency import ABANDONED_SECONDS, KEEP_SECONDS, RETRY_SECONDS
 from service.jobs.records import IdempotencyInFlight, IdempotencyMismatch
 from service.jobs.store import JobStore
@@ -105,6 +107,25 @@ def test_a_retry_is_not_answered_with_a_job_that_came_to_nothing(store: JobStore
 def test_an_explicit_key_wins_over_the_retry_count(store: JobStore) -> None:
     first = store.create(new_job())
     assert store.create(new_job(), idempotency_key="k", retry_count=1).job.id != first.job.id
+
+
+@pytest.mark.parametrize("rival_hash", ["b" * 64, "c" * 64])
+def test_a_rival_that_inserts_between_our_look_and_our_insert_is_seen(
+    store: JobStore, engine: Engine, rival_hash: str
+) -> None:
+    rivals: list[str] = []
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def rival(connection, _cursor, statement, *_rest) -> None:
+        if statement.startswith("INSERT INTO idempotency") and not rivals:
+            rivals.append(rival_hash)
+            row = {"key_id": "key_1", "key": "k", "body_hash": rival_hash, "token": "rival", "job_id": None}
+            connection.execute(insert(Idempotency).values(**row, created_at=store.clock()))
+
+    refusal = IdempotencyInFlight if rival_hash == "b" * 64 else IdempotencyMismatch
+    with pytest.raises(refusal):
+        store.reserve("key_1", "k", "b" * 64)
+    assert rivals == [rival_hash]
 
 
 def test_fifty_at_once_make_one_job(store: JobStore) -> None:
