@@ -9,7 +9,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, ScalarSelect, func, select, update
 from sqlalchemy.orm import Session
 
-from service.db.tables import Checkpoint, Job, JobEvent
+from service.db.tables import Checkpoint, Job, JobEvent, Model
+from service.jobs.names import checkpoint_id
 from service.jobs.records import Event
 
 _PLAIN: Any = {"synchronize_session": False}
@@ -229,17 +230,38 @@ def claimable(session: Session, now: float) -> set[str]:
     return set(session.scalars(select(Job.status).where(*free).distinct()))
 
 
-def put_checkpoint(session: Session, row: Checkpoint) -> None:
+def model_id_taken(session: Session, job: Job, model_id: str) -> bool:
+    """Whether another job's model has an id (unique index on ``id``).
+
+    Args:
+        session: any transaction.
+        job: the job that wants it.
+        model_id: the id.
+
+    Returns:
+        True: take a longer one.
+    """
+    others = select(Model.number).where(Model.id == model_id, Model.job_id.is_distinct_from(job.id))
+    return session.scalar(others) is not None
+
+
+def put_checkpoint(session: Session, job: Job, row: Checkpoint) -> None:
     """Insert a checkpoint; a step that a resumed run saved again replaces its row (``ix_checkpoints_job_id_step``).
+
+    Where another job's checkpoint has its model id (unique index), it gets a longer one.
 
     Args:
         session: a write transaction.
+        job: its job.
         row: the new row.
     """
     known = session.scalars(
         select(Checkpoint).where(Checkpoint.job_id == row.job_id, Checkpoint.step == row.step)
     ).one_or_none()
     if known is None:
+        others = select(Checkpoint.number).where(Checkpoint.model_id == row.model_id, Checkpoint.job_id != job.id)
+        if session.scalar(others) is not None:
+            row.model_id = checkpoint_id(job, row.step, whole=True)
         session.add(row)
     else:
         known.created_at, known.kind, known.path = row.created_at, row.kind, row.path

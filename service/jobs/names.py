@@ -9,29 +9,31 @@ from service.db.tables import Job
 ORGANISATION = "local"
 
 
-def model_id(job: Job) -> str:
+def model_id(job: Job, *, whole: bool = False) -> str:
     """Id of the fine-tuned model, in OpenAI's form.
 
     Args:
         job: a fine-tuning job.
+        whole: with all 24 characters of the job's own, where another job's model has the short id already.
 
     Returns:
         ``ft:<base>:local:<suffix>:<last 8 characters of the job's id>``; without suffix its place is empty.
     """
-    return f"ft:{job.model}:{ORGANISATION}:{job.suffix or ''}:{job.id[-8:]}"
+    return f"ft:{job.model}:{ORGANISATION}:{job.suffix or ''}:{own_id(job, '') if whole else job.id[-8:]}"
 
 
-def checkpoint_id(job: Job, step: int) -> str:
+def checkpoint_id(job: Job, step: int, *, whole: bool = False) -> str:
     """Id of a checkpoint as a model.
 
     Args:
         job: a fine-tuning job.
         step: optimizer steps done.
+        whole: as in ``model_id``.
 
     Returns:
         ``<model id>:ckpt-step-<step>``.
     """
-    return f"{model_id(job)}:ckpt-step-{step}"
+    return f"{model_id(job, whole=whole)}:ckpt-step-{step}"
 
 
 def own_id(job: Job, prefix: str) -> str:

@@ -10,6 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import Engine
+
+from service.db import queries
+from service.db.engine import read
 from service.db.tables import File, Job, Model, Vector
 from service.jobs import names
 
@@ -29,7 +33,7 @@ class Results:
     values: dict[str, Any] = field(default_factory=dict)
 
 
-def collect(job: Job, home: Path, now: float) -> Results:
+def collect(job: Job, home: Path, now: float, engine: Engine) -> Results:
     """Look at a finished run's folder, and put copies where the service serves them from.
 
     Doing it twice gives the same: ids are derived from the job, files are replaced at once.
@@ -38,6 +42,7 @@ def collect(job: Job, home: Path, now: float) -> Results:
         job: the job.
         home: the data folder.
         now: seconds since the epoch.
+        engine: the database, in which another job's model may have the short name already.
 
     Returns:
         What to write.
@@ -49,7 +54,7 @@ def collect(job: Job, home: Path, now: float) -> Results:
     directory = names.job_directory(home, job.id)
     found = Results()
     if job.kind == "fine_tuning":
-        _model(job, directory / "artifact", found, now)
+        _model(job, directory / "artifact", found, now, engine)
     else:
         _vector(job, directory / "artifact" / "vector.safetensors", home, found, now)
     metrics = directory / METRICS
@@ -58,7 +63,7 @@ def collect(job: Job, home: Path, now: float) -> Results:
     return found
 
 
-def _model(job: Job, artifact: Path, found: Results, now: float) -> None:
+def _model(job: Job, artifact: Path, found: Results, now: float, engine: Engine) -> None:
     try:
         manifest = json.loads((artifact / "manifest.json").read_text(encoding="utf-8"))
         kind = manifest["kind"]
@@ -68,7 +73,8 @@ def _model(job: Job, artifact: Path, found: Results, now: float) -> None:
         ) from None
     if kind not in ("adapter", "merged"):
         raise NoResult(f"the artifact's manifest says kind {kind!r}; adapter and merged are known")
-    name = names.model_id(job)
+    with read(engine) as session:
+        name = names.model_id(job, whole=queries.model_id_taken(session, job, names.model_id(job)))
     found.rows.append(
         Model(
             id=name,

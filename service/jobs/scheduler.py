@@ -378,7 +378,7 @@ class Scheduler:
         rows: list[Any] = []
         if ending.target == "succeeded":
             try:
-                found = results.collect(job, self.home, now)
+                found = results.collect(job, self.home, now, self.store.engine)
             except results.NoResult as problem:
                 ending = recovery.failure(None, default="artifact_missing", message=str(problem), lines=())
                 told = list(ending.events)

@@ -455,7 +455,7 @@ class JobStore:
             queries.insert_events(session, job, events, self.clock())
             session.add_all(rows)
             for checkpoint in checkpoints:
-                queries.put_checkpoint(session, checkpoint)
+                queries.put_checkpoint(session, job, checkpoint)
             missing = tuple(gone)
             if missing:
                 session.execute(update(Checkpoint).where(Checkpoint.id.in_(missing)).values(available=False))

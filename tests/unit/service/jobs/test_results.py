@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import select
 
 from service.db.engine import read
-from service.db.tables import Vector
+from service.db.tables import Model, Vector
 from service.jobs.check_pairs import main as check_pairs
 from service.jobs.results import NoResult, vector_header
 from tests.unit.service.jobs.world import World
@@ -76,3 +76,24 @@ def test_the_scheduler_and_the_supervisor_import_little() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[4])
     code = "import sys, service.jobs.supervisor; assert not {'sqlalchemy', 'yaml', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-S", "-c", code], check=True, cwd=Path(__file__).parents[4])
+
+
+def test_two_jobs_that_share_a_short_name_both_end(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = iter(["ftjob-" + letter * 16 + "sameTAIL" for letter in "ab"])
+    monkeypatch.setattr("service.jobs.store.new_id", lambda _prefix: next(ids))
+    made = []
+    for _ in range(2):
+        job_id = world.running()
+        for step in (2, 2, 4):  # a resumed run saves a step again
+            saved = world.folder(job_id) / f"saved-{step}"
+            world.emit(job_id, {"kind": "artifact", "artifact": "checkpoint", "path": str(saved), "step": step})
+        world.tick()
+        world.finish(job_id)
+        world.tick(2)
+        assert world.status(job_id) == "succeeded"
+        saved_as = [row.model_id for row in world.store.checkpoints(job_id, available=False).data]
+        made.append((world.job(job_id).result_model, saved_as))
+    short, whole = "ft:tiny-llama:local::sameTAIL", f"ft:tiny-llama:local::{'b' * 16}sameTAIL"
+    assert made == [(name, [f"{name}:ckpt-step-{step}" for step in (4, 2)]) for name in (short, whole)]
+    with read(world.store.engine) as session:
+        assert set(session.scalars(select(Model.id))) == {short, whole}
