@@ -18,7 +18,9 @@ from service.api.errors import bad_request, not_found
 from service.api.files import find as find_file
 from service.api.resolve import check_trainable
 from service.api.schemas.resources import CheckpointObject, CreateJob, JobError, JobObject, Listing
+from service.db.engine import read
 from service.db.tables import Checkpoint, Job
+from service.jobs import idempotency
 from service.jobs.records import NewJob, UnknownJob
 from service.jobs.store import JobStore
 
@@ -97,7 +99,7 @@ def retries(header: str | None) -> int:
 def submit(store: JobStore, new: NewJob, check: Any, *, idempotency_key: str | None, retry_count: int) -> Job:
     """Write a job once, after its checks.
 
-    A key is taken before the checks, so that a repeated request gets its job even if, say, its file was deleted since.
+    A repeated request is looked up before the checks, so that it gets its job even if, say, its file was deleted since.
 
     Args:
         store: The job store.
@@ -115,6 +117,11 @@ def submit(store: JobStore, new: NewJob, check: Any, *, idempotency_key: str | N
         if isinstance(held, Job):
             return held
         reservation = held
+    elif retry_count > 0:
+        with read(store.engine) as session:
+            earlier = idempotency.recent(session, new.key_id, new.body_hash, store.clock())
+        if earlier is not None:
+            return earlier
     try:
         check()
         return store.create(new, idempotency_key=idempotency_key, reservation=reservation, retry_count=retry_count).job

@@ -129,7 +129,7 @@ def recent(session: Session, key_id: str, body_hash: str, now: float) -> Job | N
 
     A retry says that its first attempt was not answered, not whether it arrived. Where it did not, and the same body
     was submitted on purpose within the ten minutes before, this answers with that earlier job. An ``Idempotency-Key``
-    has no such doubt.
+    has no such doubt; it marks an intent of its own, so a job made under one is never the answer.
 
     Args:
         session: any transaction.
@@ -147,6 +147,7 @@ def recent(session: Session, key_id: str, body_hash: str, now: float) -> Job | N
             Job.body_hash == body_hash,
             Job.created_at >= int(now) - RETRY_SECONDS,
             Job.status.not_in(("failed", "cancelled")),
+            ~select(Idempotency).where(Idempotency.key_id == key_id, Idempotency.job_id == Job.id).exists(),
         )
         .order_by(Job.number.desc())
         .limit(1)

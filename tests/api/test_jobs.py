@@ -9,6 +9,7 @@ import pytest
 from fastapi import FastAPI
 
 from service.api import methods
+from service.jobs.store import JobStore
 from tests.api.test_files import upload
 from trainers.registry import METHODS
 
@@ -116,6 +117,23 @@ async def test_a_keyed_request_is_answered_again_even_when_its_file_is_gone(
     await client.delete(f"/v1/files/{data}")
     again = await create(client, base, training_file=data, headers=headers)
     assert again.status_code == 200 and again.json()["id"] == first["id"]
+
+
+async def test_a_retry_without_a_key_is_answered_again_even_when_its_file_is_gone(
+    app: FastAPI, client: httpx.AsyncClient, base: str
+) -> None:
+    data = (await upload(client)).json()["id"]
+    first = (await create(client, base, training_file=data)).json()["id"]
+    store: JobStore = app.state.store
+    for source, status, after in (("validating_files",) * 2 + ("queued",), ("queued", "running", "succeeded")):
+        claimed = store.claim("me", 30, status=source)
+        assert claimed is not None and claimed.id == first and claimed.status == status
+        store.transition(first, status, after, token=claimed.lease_token)
+    assert (await client.delete(f"/v1/files/{data}")).status_code == 200
+    again = await create(client, base, training_file=data, headers={"x-stainless-retry-count": "1"})
+    assert again.status_code == 200 and again.json()["id"] == first
+    fresh = await create(client, base, training_file=data)
+    assert fresh.status_code == 404
 
 
 @pytest.mark.parametrize("sent", ["", "x" * 256, "a b", "\x7f"])

@@ -134,8 +134,12 @@ def test_fifty_posts_at_once_with_one_key(server: Server, figure) -> None:
     server.start()
     again = server.call("POST", "/v1/fine_tuning/jobs", json=body, headers={"Idempotency-Key": "the-key"})
     assert {again.json()["id"]} == ids
-    retried = server.call("POST", "/v1/fine_tuning/jobs", json=body, headers={"x-stainless-retry-count": "1"})
-    assert {retried.json()["id"]} == ids
     listed = server.call("GET", "/v1/fine_tuning/jobs").json()["data"]
-    assert len(listed) == 1
-    figure("the same key 50 times at once, after a kill -9, and as an SDK's retry: 1 job; other body: 422")
+    assert {job["id"] for job in listed} == ids and len(listed) == 1
+    plain = server.call("POST", "/v1/fine_tuning/jobs", json=body).json()["id"]
+    server.kill()
+    server.start()
+    retried = server.call("POST", "/v1/fine_tuning/jobs", json=body, headers={"x-stainless-retry-count": "1"})
+    assert retried.json()["id"] == plain and plain not in ids  # a key marks an intent of its own
+    assert len(server.call("GET", "/v1/fine_tuning/jobs").json()["data"]) == 2
+    figure("the same key 50 times at once and after a kill -9: 1 job; other body: 422; an SDK's retry: no second job")

@@ -104,6 +104,14 @@ def test_a_retry_is_not_answered_with_a_job_that_came_to_nothing(store: JobStore
     assert not store.create(new_job(), retry_count=1).replayed
 
 
+def test_a_retry_without_a_key_never_means_a_job_made_under_one(store: JobStore) -> None:
+    keyed = store.create(new_job(), idempotency_key="k")
+    plain = store.create(new_job(), retry_count=1)
+    assert not plain.replayed and plain.job.id != keyed.job.id
+    store.create(new_job(), idempotency_key="later")
+    assert store.create(new_job(), retry_count=2).job.id == plain.job.id
+
+
 def test_an_explicit_key_wins_over_the_retry_count(store: JobStore) -> None:
     first = store.create(new_job())
     assert store.create(new_job(), idempotency_key="k", retry_count=1).job.id != first.job.id
