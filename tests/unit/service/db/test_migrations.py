@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,7 +142,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             time.sleep(0.05)
         yield f"postgresql+psycopg://g@/postgres?host={socket}"
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGINT)  # a fast shutdown; SIGTERM waits for clients that a failed test left
         process.wait(20)
 
 
@@ -151,6 +152,7 @@ def test_postgresql_has_the_same_schema_and_claims_once(postgres: str) -> None:
     import threading
     import time
 
+    from service.jobs.records import IdempotencyInFlight
     from service.jobs.store import JobStore
     from tests.unit.service.jobs.world import new_job
 
@@ -183,4 +185,26 @@ def test_postgresql_has_the_same_schema_and_claims_once(postgres: str) -> None:
     assert store.claimable() == {"queued"}
     assert store.request_cancel(got[0]).status == "cancelled"
     assert len(store.events(got[0]).data) == 3
+    running = store.claim("me", 30)
+    assert running is not None
+    assert store.renew({running.id: running.lease_token or "", got[0]: "stale"}, 30) == {got[0]}
+    plain = store.create(new_job(body_hash="c" * 64)).job.id
+    assert store.create(new_job(body_hash="c" * 64), retry_count=1).job.id == plain
+    for turn in range(20):
+        barrier, outcomes = threading.Barrier(4), list[object]()
+
+        def reserve(key: str, barrier: threading.Barrier, outcomes: list[object]) -> None:
+            barrier.wait()
+            try:
+                outcomes.append(store.reserve("key_1", key, "b" * 64))
+            except Exception as error:
+                outcomes.append(type(error))
+
+        threads = [threading.Thread(target=reserve, args=(f"race-{turn}", barrier, outcomes)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert outcomes.count(IdempotencyInFlight) == 3, outcomes
+        assert sum(isinstance(outcome, str) for outcome in outcomes) == 1, outcomes
     engine.dispose()
