@@ -16,6 +16,8 @@ __all__ = ["METHODS", "Attached", "Method", "MethodConfig", "TrainContext", "get
 _NAMES = (
     "full",
     "lora",
+    "frugal",
+    "galore",
 )
 
 

@@ -73,8 +73,10 @@ def test_the_first_update_saw_the_same_gradient(name: str, train: Any, tmp_path:
         )
         state = result.checkpoint.tensors
         moments.append(torch.cat([v.flatten() for k, v in sorted(state.items()) if k.endswith("exp_avg")]))
+    # Singular vectors with nearly equal values turn by more than the gradient's last bits.
+    limit = {"galore": 1e-5}.get(name, 1e-6)
     for other in moments[1:3]:
-        assert float((other - moments[0]).norm()) <= 1e-6 * float(moments[0].norm())
+        assert float((other - moments[0]).norm()) <= limit * float(moments[0].norm())
     assert float((moments[3] - moments[0]).norm()) > 1e-3 * float(moments[0].norm()), "3 x 3 is a step of nine rows"
 
 

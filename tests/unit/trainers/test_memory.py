@@ -17,7 +17,19 @@ CONTEXT = TrainContext(learning_rate=1e-3, seed=0, activation_checkpointing=Fals
 
 @pytest.mark.parametrize(
     "method",
-    [{"name": "full"}, {"name": "lora"}, {"name": "lora", "dora": True}, {"name": "lora", "targets": ["q_proj"]}],
+    [
+        {"name": "full"},
+        {"name": "lora"},
+        {"name": "lora", "dora": True},
+        {"name": "lora", "targets": ["q_proj"]},
+        {"name": "frugal"},
+        {"name": "frugal", "density": 0.0},
+        {"name": "frugal", "split": "rows", "moments": "int8"},
+        {"name": "frugal", "split": "randk", "embeddings": "frozen"},
+        {"name": "frugal", "split": "svd", "signed": ["k_proj", "mlp"]},
+        {"name": "frugal", "split": "block", "norms": "projected", "head": "projected"},
+        {"name": "galore"},
+    ],
     ids=str,
 )
 def test_weights_gradients_and_optimizer_are_counted_exactly(method: dict[str, Any], make_run: Any) -> None:

@@ -1,0 +1,274 @@
+"""Which coordinates of a matrix keep state, and one pass over the matrix that updates those and the others.
+
+``Columns``, ``Rows`` and ``Scattered`` each say how to cut the matrix into tiles, and how to take the chosen part of a
+tile out and put it back. ``sweep`` brings every weight and gradient into the cache once: while a tile is there, the
+chosen part is copied to a compact buffer and updated with its moments, the tile is updated without state, and the
+compact part is written over it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trainers.optim import keyed
+from trainers.optim.rules import Age, Free, Rule, free_
+from trainers.optim.tensors import compute_dtype, round_to
+
+TILE = 1 << 17
+"""Elements of a tile on a CPU; measured fastest of 2**14 to 2**20 on a 4096 x 4096 matrix."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tile: a range of the first dimension, and the part of the compact state that belongs to it."""
+
+    span: slice
+    slots: slice
+    index: Tensor
+    """The chosen rows or elements of the tile, counted from its start; or the chosen columns or blocks of them."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Some columns of an (m, n) matrix; state is (m, k)."""
+
+    shape: tuple[int, int]
+    index: Tensor
+    """(k,) int64, ascending, on the matrix's device."""
+    block: int = 1
+    """The columns come in whole, aligned blocks of this width."""
+
+    def state_shape(self) -> tuple[int, ...]:
+        """(m, k)."""
+        return self.shape[0], self.index.numel()
+
+    def flat(self, x: Tensor) -> Tensor:
+        """The matrix as ``pieces`` cuts it."""
+        return x
+
+    def pieces(self, size: int) -> Iterator[Piece]:
+        """Tiles of whole rows, of about ``size`` elements each."""
+        index = self.index[:: self.block] // self.block
+        for start, stop in _ranges(self.shape[0], max(1, size // max(1, self.shape[1]))):
+            yield Piece(slice(start, stop), slice(start, stop), index)
+
+    def take(self, x: Tensor, piece: Piece, out: Tensor) -> None:
+        """Copies the chosen part of a tile."""
+        if self.block > 1:
+            torch.index_select(_blocked(x, self.block), 1, piece.index, out=_blocked(out, self.block))
+        else:
+            torch.index_select(x, 1, piece.index, out=out)
+
+    def put(self, x: Tensor, piece: Piece, part: Tensor) -> None:
+        """Writes it back."""
+        if self.block > 1:
+            _blocked(x, self.block).index_copy_(1, piece.index, _blocked(part, self.block))
+        else:
+            x.index_copy_(1, piece.index, part)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of an (m, n) matrix; state is (k, n)."""
+
+    shape: tuple[int, int]
+    index: Tensor
+    """(k,) int64, ascending, on the matrix's device."""
+    listed: list[int] = field(default_factory=list)
+
+    def state_shape(self) -> tuple[int, ...]:
+        """(k, n)."""
+        return self.index.numel(), self.shape[1]
+
+    def flat(self, x: Tensor) -> Tensor:
+        """The matrix as ``pieces`` cuts it."""
+        return x
+
+    def pieces(self, size: int) -> Iterator[Piece]:
+        """Tiles of whole rows, of about ``size`` elements each."""
+        if not self.listed:
+            self.listed.extend(self.index.tolist())
+        for start, stop in _ranges(self.shape[0], max(1, size // max(1, self.shape[1]))):
+            slots = slice(bisect_left(self.listed, start), bisect_left(self.listed, stop))
+            yield Piece(slice(start, stop), slots, self.index[slots] - start)
+
+    def take(self, x: Tensor, piece: Piece, out: Tensor) -> None:
+        """Copies the chosen part of a tile."""
+        torch.index_select(x, 0, piece.index, out=out)
+
+    def put(self, x: Tensor, piece: Piece, part: Tensor) -> None:
+        """Writes it back."""
+        x.index_copy_(0, piece.index, part)
+
+
+@dataclass(frozen=True)
+class Scattered:
+    """``count`` elements anywhere in a matrix; state is (count,).
+
+    No list of them is kept: element i is chosen when its number under ``key`` is below ``bound``, so the choice costs
+    eight bytes instead of eight for each element, and is worked out tile by tile.
+    """
+
+    shape: tuple[int, int]
+    count: int
+    key: int
+    bound: int
+
+    def state_shape(self) -> tuple[int, ...]:
+        """(count,)."""
+        return (self.count,)
+
+    def flat(self, x: Tensor) -> Tensor:
+        """The matrix as ``pieces`` cuts it."""
+        return x.view(-1)
+
+    def pieces(self, size: int) -> Iterator[Piece]:
+        """Tiles of ``size`` elements."""
+        begun = 0
+        for start, stop in _ranges(self.shape[0] * self.shape[1], size):
+            mixed = keyed.noise(start, stop, self.key)
+            chosen = mixed < self.bound if self.bound < 1 << 63 else torch.ones_like(mixed)
+            index = chosen.nonzero().view(-1)
+            yield Piece(slice(start, stop), slice(begun, begun + index.numel()), index)
+            begun += index.numel()
+        assert begun == self.count
+
+    def take(self, x: Tensor, piece: Piece, out: Tensor) -> None:
+        """Copies the chosen part of a tile."""
+        torch.index_select(x, 0, piece.index.to(x.device), out=out)
+
+    def put(self, x: Tensor, piece: Piece, part: Tensor) -> None:
+        """Writes it back."""
+        x.index_copy_(0, piece.index.to(x.device), part)
+
+
+Chosen = Columns | Rows | Scattered
+
+
+class Scratch:
+    """Buffers that are made once and used by every tile of every parameter; no part of the state."""
+
+    def __init__(self) -> None:
+        """Starts empty."""
+        self.buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def get(self, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor with arbitrary contents, shared by all who ask for the name.
+
+        Args:
+            name: Two buffers in use at once need two names.
+            shape: Wanted shape.
+            like: Gives the device.
+            dtype: Wanted type.
+
+        Returns:
+            A view of the buffer.
+        """
+        size = torch.Size(shape).numel()
+        place = (name, dtype, like.device)
+        buffer = self.buffers.get(place)
+        if buffer is None or buffer.numel() < size:
+            buffer = self.buffers[place] = torch.empty(size, dtype=dtype, device=like.device)
+        return buffer[:size].view(torch.Size(shape))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one sweep over a matrix does."""
+
+    rule: Rule
+    rate: float
+    """Learning rate of the chosen part."""
+    free: Free
+    free_rate: float
+    """Learning rate of the rest."""
+    decay: float
+    """Taken off all weights first."""
+    age: Age
+    """Steps since the moments began."""
+    generator: torch.Generator | None
+    """Draws the bits of stochastic rounding; None rounds to nearest."""
+
+
+def sweep(p: Tensor, g: Tensor, chosen: Chosen | None, moments: Sequence[Tensor], turn: Pass, scratch: Scratch) -> None:
+    """Updates a matrix in one pass, in place.
+
+    Args:
+        p: Weights (m, n), contiguous, any floating dtype.
+        g: Gradient of the same shape, contiguous.
+        chosen: The part with state, or None for no part.
+        moments: Its state, in the rule's order; float32, or float64 for float64 weights.
+        turn: Rules and rates.
+        scratch: Buffers.
+    """
+    dtype = compute_dtype(p.dtype)
+    size = TILE if p.device.type == "cpu" else max(1, p.numel())
+    if chosen is None:
+        weights, gradient = p.view(-1), g.view(-1)
+        nothing = torch.empty(0, dtype=torch.int64)
+        pieces: Iterator[Piece] = (Piece(slice(a, b), slice(0, 0), nothing) for a, b in _ranges(p.numel(), size))
+    else:
+        weights, gradient = chosen.flat(p), chosen.flat(g)
+        pieces = chosen.pieces(size)
+    for piece in pieces:
+        target = weights[piece.span]
+        w, d = _as(target, "weights", dtype, scratch), _as(gradient[piece.span], "gradient", dtype, scratch)
+        sign = scratch.get("sign", w.shape, w, dtype)
+        if chosen is None:
+            free_(w, d, turn.free, turn.free_rate, turn.decay, sign)
+        else:
+            parts = [moment[piece.slots] for moment in moments]
+            active = scratch.get("active weights", parts[0].shape, w, dtype)
+            active_d = scratch.get("active gradient", parts[0].shape, w, dtype)
+            chosen.take(w, piece, active)
+            chosen.take(d, piece, active_d)
+            free_(w, d, turn.free, turn.free_rate, turn.decay, sign)
+            turn.rule.apply(active, active_d, parts, _aged(turn.age, chosen, piece), turn.rate, turn.decay)
+            chosen.put(w, piece, active)
+        if w is not target:
+            round_to(target, w, turn.generator)
+
+
+def squares(g: Tensor, dim: int) -> Tensor:
+    """Squared norms of a gradient's columns or rows, tile by tile.
+
+    Args:
+        g: (m, n), contiguous.
+        dim: 0 sums over rows and gives (n,); 1 sums over columns and gives (m,).
+
+    Returns:
+        float32, or float64 for float64 gradients.
+    """
+    dtype = compute_dtype(g.dtype)
+    size = TILE if g.device.type == "cpu" else max(1, g.numel())
+    total = g.new_zeros(g.shape[1 - dim], dtype=dtype)
+    for start, stop in _ranges(g.shape[0], max(1, size // max(1, g.shape[1]))):
+        part = g[start:stop].to(dtype).square().sum(dim)
+        if dim == 0:
+            total += part
+        else:
+            total[start:stop] = part
+    return total
+
+
+def _aged(age: Age, chosen: Chosen, piece: Piece) -> Age:
+    """Ages of a tile's slots, to be broadcast over its state."""
+    return age[piece.slots].unsqueeze(1) if isinstance(age, Tensor) and isinstance(chosen, Rows) else age
+
+
+def _ranges(total: int, size: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, total, size):
+        yield start, min(total, start + size)
+
+
+def _as(tile: Tensor, name: str, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+    return tile if tile.dtype == dtype else scratch.get(name, tile.shape, tile, dtype).copy_(tile)
+
+
+def _blocked(x: Tensor, block: int) -> Tensor:
+    return x.view(x.shape[0], -1, block)

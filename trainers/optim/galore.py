@@ -1,0 +1,143 @@
+"""GaLore (arXiv 2403.03507): Adam on the gradient's coordinates in its leading singular subspace, the rest dropped.
+
+As published: the moments are neither reset nor rotated when the subspace changes, ``eps`` is added before bias
+correction, and weight decay follows the update. W <- W - lr sqrt(1 - b2^t)/(1 - b1^t) scale up(m / (sqrt(v) + eps)),
+then W <- (1 - lr wd) W.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from trainers.optim.base import LowMemoryOptimizer, Parameters
+from trainers.optim.clock import ROUNDING, Turn, tick
+from trainers.optim.projections import Basis, leading, rank_of, side_of
+from trainers.optim.settings import check_galore
+from trainers.optim.tensors import as_matrix, compute_dtype, like, local, round_to, sharded
+
+
+class GaLore(LowMemoryOptimizer):
+    """GaLore with AdamW.
+
+    State of a matrix: ``step``, ``exp_avg`` and ``exp_avg_sq`` in the subspace, and its basis as ``left`` (m, r) or
+    ``right`` (r, n); of everything else: the plain moments. Stacks (E, m, n) are E matrices, convolutions
+    (out, in * kernel).
+
+    Not covered: sharded matrices, as a singular value decomposition needs all rows.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float = 1e-2,
+        *,
+        rank: int | None = None,
+        density: float = 0.25,
+        update_gap: int = 200,
+        scale: float = 0.25,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        side: Literal["std", "reverse", "left", "right", "full"] = "std",
+        seed: int = 0,
+    ) -> None:
+        """Makes the optimizer; every setting may also be a key of a group.
+
+        Args:
+            params: Parameters, named parameters, or groups as ``split_parameters`` gives them. Groups with
+                ``role="full"``, vectors and scalars get the same Adam on the whole gradient, without ``scale``.
+            lr: Learning rate.
+            rank: Of the subspace; a smaller matrix gets its own full rank. None: see ``density``.
+            density: Rank as a share of the side, if ``rank`` is None; above 0 it is at least one.
+            update_gap: Steps between decompositions, counted for each parameter.
+            scale: Factor on the update of projected matrices.
+            betas: Decay of the moments.
+            eps: Added to the root of the mean square, before bias correction.
+            weight_decay: Decoupled; ``lr * weight_decay`` is taken off after the update.
+            side: On which side of the matrix the basis is; ``std`` is right (columns) for m >= n, else left.
+            seed: Of stochastic rounding, for bfloat16 weights.
+
+        Raises:
+            ValueError: A setting is out of range.
+        """
+        settings = dict(locals())
+        for name in ("self", "params", "__class__"):
+            settings.pop(name, None)
+        super().__init__(params, settings | {"role": "projected"})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group after checking its settings; see ``torch.optim.Optimizer.add_param_group``."""
+        check_galore(self.defaults | param_group)
+        super().add_param_group(param_group)
+        self._places = {}
+
+    def update(self, parameter: Tensor, group: dict[str, Any], place: int) -> None:
+        """Takes one step of one parameter; see ``LowMemoryOptimizer.update``."""
+        assert parameter.grad is not None
+        stack = None if group["role"] == "full" else as_matrix(parameter.shape)
+        if stack is not None and sharded(parameter):
+            raise ValueError(
+                "GaLore decomposes whole matrices, and this one is sharded by rows: use Frugal with split='columns', "
+                "or with split='random' and side='right'"
+            )
+        state = self.state[parameter]
+        step = tick(state)
+        turn = Turn(int(group["seed"]), place, part=0, step=step, refreshes=1, since=1, density=group["density"])
+        weights, gradient = local(parameter), local(parameter.grad)
+        dtype = compute_dtype(weights.dtype)
+        g = gradient.to(dtype)
+        if stack is None:
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name not in state:
+                    state[name] = like(parameter, torch.zeros_like(g))
+            if weights.is_meta:
+                return
+            change = _adam(g, local(state["exp_avg"]), local(state["exp_avg_sq"]), step, group)
+        else:
+            parts = g.reshape(stack)
+            if (step - 1) % group["update_gap"] == 0:
+                self._refresh(parts, state, group)
+            if weights.is_meta or "exp_avg" not in state:
+                return
+            change = torch.empty_like(parts)
+            for i in range(stack[0]):
+                basis = Basis(*(state[side][i] if side in state else None for side in ("left", "right")))
+                low = _adam(basis.down(parts[i]), state["exp_avg"][i], state["exp_avg_sq"][i], step, group)
+                change[i] = basis.up(low).mul_(group["scale"])
+            change = change.view(g.shape)
+        result = weights.to(dtype, copy=True).add_(change)
+        if group["weight_decay"]:
+            result.mul_(1 - float(group["lr"]) * group["weight_decay"])
+        source = turn.generator(ROUNDING, weights.device) if weights.dtype == torch.bfloat16 else None
+        round_to(weights, result, source)
+
+    def _refresh(self, parts: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Decomposes each matrix of a stack; its moments stay as they are."""
+        many, *rest = parts.shape
+        shape = (rest[0], rest[1])
+        side = side_of(group["side"], shape)
+        share = max(1, rank_of(side, shape, group["density"])) if group["density"] else 0
+        rank = min(share if group["rank"] is None else group["rank"], *shape)
+        if rank == 0:
+            return
+        bases = [leading(part, side, rank) for part in parts]
+        if side in ("left", "full"):
+            state["left"] = torch.stack([basis.left for basis in bases if basis.left is not None])
+        if side in ("right", "full"):
+            state["right"] = torch.stack([basis.right for basis in bases if basis.right is not None])
+        size = {"right": (shape[0], rank), "left": (rank, shape[1]), "full": (rank, rank)}[side]
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name not in state:
+                state[name] = torch.zeros(many, *size, dtype=parts.dtype, device=parts.device)
+
+
+def _adam(g: Tensor, mean: Tensor, square: Tensor, step: int, group: dict[str, Any]) -> Tensor:
+    """Moves the moments on, and gives what to add to the weights before ``scale``."""
+    beta1, beta2 = group["betas"]
+    mean.mul_(beta1).add_(g, alpha=1 - beta1)
+    square.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    rate = float(group["lr"]) * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+    return mean.div(square.sqrt().add_(group["eps"])).mul_(-rate)
