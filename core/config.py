@@ -12,7 +12,6 @@ tuple[X, Y], list[X], dict[str, X] / Mapping[str, X], nested dataclasses. Checks
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from core.config_docs import fields_doc as fields_doc
 from core.config_docs import json_schema as json_schema
 from core.config_yaml import read_yaml
 from core.config_yaml import write_yaml as write_yaml
+from core.nearest import choices
 
 T = TypeVar("T")
 
@@ -221,9 +221,8 @@ def _build(cls: Any, data: Any, key: str) -> Any:
 
 
 def _unknown(name: str, key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {_join(key, close[0])}?" if close else f"known here: {', '.join(sorted(known)) or 'nothing'}"
-    return f"unknown setting {_join(key, name)}; {hint}"
+    shown = name if len(name) <= 80 else f"{name[:80]}..."
+    return f"unknown setting {_join(key, shown)}; {choices(name, sorted(known), prefix=f'{key}.' if key else '')}"
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:

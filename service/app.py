@@ -11,7 +11,20 @@ from typing import Any
 from anyio import to_thread
 from fastapi import Depends, FastAPI
 
-from service.api import chat, docs, errors, files, fine_tuning, follow, health, keys, logs, models, vectors
+from service.api import (
+    chat,
+    docs,
+    errors,
+    files,
+    fine_tuning,
+    follow,
+    health,
+    keys,
+    logs,
+    model_names,
+    models,
+    vectors,
+)
 from service.api.deps import guard
 from service.api.drain import Draining
 from service.api.middleware import Gate
@@ -66,6 +79,7 @@ def create_app(settings: Settings, *, engine: Engine | None = None, scheduler: S
     for module in (health, files, fine_tuning, follow, logs, models, chat, vectors, keys):
         app.include_router(module.router)
     errors.install(app)
+    model_names.install(app)
     limits = settings.limits
     form = 1 << 16  # what a form adds around its file
     app.add_middleware(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from core.nearest import choices
 from steering.method import Advance, Fitted, Method
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ def get_method(name: str) -> Method:
         The method.
 
     Raises:
-        ValueError: Unknown; the message lists the known ones.
+        ValueError: Unknown; the message has the nearest name and lists the known ones.
     """
     if name not in METHODS:
-        raise ValueError(f"unknown steering method {name!r}; known are {', '.join(sorted(METHODS))}")
+        raise ValueError(f"unknown steering method {name[:64]!r}; {choices(name, sorted(METHODS))}")
     return METHODS[name]

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from core.config_docs import json_schema
+from core.nearest import choices
 from trainers.method import Attached, Method, MethodConfig, TrainContext
 
 __all__ = ["METHODS", "Attached", "Method", "MethodConfig", "TrainContext", "get_method", "method_schema"]
@@ -44,10 +45,10 @@ def get_method(name: str) -> Method:
         The method of that name.
 
     Raises:
-        ValueError: There is none; the message lists what exists.
+        ValueError: There is none; the message has the nearest name and lists what exists.
     """
     if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; these exist: {', '.join(METHODS)}")
+        raise ValueError(f"unknown method {name[:64]!r}; {choices(name, METHODS)}")
     return METHODS[name]
 
 

@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from core.home import home as default_home
 from core.models.lock import once
+from core.nearest import choices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +82,10 @@ def directory_of(name: str, home: Path | None = None) -> Path:
         The directory, whether or not it is there yet.
 
     Raises:
-        ValueError: if the catalog has no such model; the message lists what it has.
+        ValueError: if the catalog has no such model; the message has the nearest name and lists what it has.
     """
     if name not in CATALOG:
-        raise ValueError(f"the catalog has no model {name!r}; it has {', '.join(CATALOG)}")
+        raise ValueError(f"the catalog has no model {name!r}; {choices(name, CATALOG)}")
     return (home or default_home()) / "models" / name
 
 

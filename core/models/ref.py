@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from core.models.catalog import CATALOG
+from core.nearest import nearest
+
 Kind = Literal["hub", "directory", "gguf", "catalog"]
 
 MAX_LENGTH = 4096
@@ -90,4 +93,6 @@ def parse_ref(text: str) -> ModelRef:
 
 def _refused(text: str) -> ValueError:
     shown = text if len(text) <= 80 else text[:80] + "..."
-    return ValueError(f"{shown!r} is not a model reference; give {ALLOWED}. URLs are never followed.")
+    meant = nearest(text, CATALOG)
+    hint = f"did you mean {meant}? Give" if meant else "give"
+    return ValueError(f"{shown!r} is not a model reference; {hint} {ALLOWED}. URLs are never followed.")

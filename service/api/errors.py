@@ -82,9 +82,10 @@ def body(status: int, message: str, *, code: str | None, param: str | None) -> d
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _answer(
+def answer(
     status: int, message: str, *, code: str | None, param: str | None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
+    """An error's response."""
     return JSONResponse(body(status, message, code=code, param=param), status_code=status, headers=dict(headers or {}))
 
 
@@ -95,7 +96,7 @@ def engine_body(error: EngineError) -> dict[str, Any]:
 
 def _api_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, APIError)
-    return _answer(error.status, error.message, code=error.code, param=error.param, headers=error.headers)
+    return answer(error.status, error.message, code=error.code, param=error.param, headers=error.headers)
 
 
 def _engine_error(_request: Request, error: Exception) -> Response:
@@ -117,7 +118,7 @@ def _http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 405:
         message = f"{request.method} is not allowed on {request.url.path[:200]}."
     code = _HTTP_CODES.get(error.status_code, "invalid_request")
-    return _answer(error.status_code, message, code=code, param=None, headers=error.headers)
+    return answer(error.status_code, message, code=code, param=None, headers=error.headers)
 
 
 def path_of(location: Sequence[str | int]) -> str | None:
@@ -131,7 +132,7 @@ def _validation_error(_request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     kind, reason = str(first["type"]), str(first["msg"])
     if kind == "json_invalid":
-        return _answer(400, "The body is not valid JSON.", code="invalid_json", param=None)
+        return answer(400, "The body is not valid JSON.", code="invalid_json", param=None)
     param = path_of(first["loc"])
     codes = {"missing": "missing_required_parameter", "extra_forbidden": "unsupported_parameter"}
     if kind == "missing":
@@ -140,41 +141,41 @@ def _validation_error(_request: Request, error: Exception) -> Response:
         message = f"Unsupported parameter: {param!r}. It would have no effect, so it is refused rather than ignored."
     else:
         message = f"Invalid value for {param!r}: {reason}." if param else f"Invalid body: {reason}."
-    return _answer(400, message, code=codes.get(kind, "invalid_value"), param=param)
+    return answer(400, message, code=codes.get(kind, "invalid_value"), param=param)
 
 
 def _database_busy(_request: Request, error: Exception) -> Response:
     log.warning("database_unavailable", detail=str(error)[:200])
     if isinstance(error, DatabaseFull):
-        return _answer(507, f"{error}.", code="disk_full", param=None)
-    return _answer(503, f"{error}.", code="database_unavailable", param=None, headers={"Retry-After": "1"})
+        return answer(507, f"{error}.", code="disk_full", param=None)
+    return answer(503, f"{error}.", code="database_unavailable", param=None, headers={"Retry-After": "1"})
 
 
 def _unknown_job(_request: Request, error: Exception) -> Response:
-    return _answer(404, f"{error}.", code="job_not_found", param="fine_tuning_job_id")
+    return answer(404, f"{error}.", code="job_not_found", param="fine_tuning_job_id")
 
 
 def _illegal_transition(_request: Request, error: Exception) -> Response:
-    return _answer(400, f"{error}.", code="invalid_job_state", param="status")
+    return answer(400, f"{error}.", code="invalid_job_state", param="status")
 
 
 def _mismatch(_request: Request, error: Exception) -> Response:
-    return _answer(422, f"{error}.", code="idempotency_key_reused", param="Idempotency-Key")
+    return answer(422, f"{error}.", code="idempotency_key_reused", param="Idempotency-Key")
 
 
 def _in_flight(_request: Request, error: Exception) -> Response:
-    return _answer(409, f"{error}.", code="idempotency_key_in_flight", param=None, headers={"Retry-After": "1"})
+    return answer(409, f"{error}.", code="idempotency_key_in_flight", param=None, headers={"Retry-After": "1"})
 
 
 def _upload_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, UploadError)
-    return _answer(error.status, error.message, code=error.code, param=error.param, headers={"Connection": "close"})
+    return answer(error.status, error.message, code=error.code, param=error.param, headers={"Connection": "close"})
 
 
 def _os_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, OSError)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _answer(507, "The data folder's disk is full; free some space.", code="disk_full", param=None)
+        return answer(507, "The data folder's disk is full; free some space.", code="disk_full", param=None)
     return internal_error(request.scope.get("request_id", ""), error)
 
 
@@ -186,7 +187,7 @@ def internal_error(request_id: str, error: BaseException) -> JSONResponse:
     """Log what went wrong and answer 500 with nothing but the request's id."""
     log.error("unhandled_exception", exc_info=error)
     message = f"The server failed on this request. Its log has the cause under request id {request_id!r}."
-    return _answer(500, message, code="internal_error", param=None)
+    return answer(500, message, code="internal_error", param=None)
 
 
 def install(app: FastAPI) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from core.config import ConfigError, fields_doc, json_schema
+from core.nearest import choices
 from service.api.errors import APIError, bad_request
 from service.api.schemas.resources import CreateJob
 from trainers.config import DEFAULT_METHOD, RunConfig, parse_run
@@ -43,8 +44,9 @@ def chosen(wanted: CreateJob) -> tuple[str, dict[str, Any]]:
     kind = wanted.method.type
     name = DEFAULT_METHOD if kind == "supervised" else kind
     if name not in METHODS:
+        meant = choices(kind, [*METHODS, "supervised"])
         raise bad_request(
-            f"There is no method {kind[:64]!r}; these exist: {', '.join(METHODS)} (supervised means {DEFAULT_METHOD}).",
+            f"There is no method {kind[:64]!r}; {meant} (which means {DEFAULT_METHOD}).",
             param="method.type",
             code="unknown_method",
         )
@@ -96,9 +98,8 @@ def check(name: str, hyperparameters: dict[str, Any], *, where: str, validated: 
         elif key in common:
             content[key] = value
         else:
-            known = ", ".join(sorted({*OPENAI, *own, *common}))
             raise bad_request(
-                f"Unknown hyperparameter {key[:64]!r} of {name}; these exist: {known}.",
+                f"Unknown hyperparameter {key[:64]!r} of {name}; {choices(key, sorted({*OPENAI, *own, *common}))}.",
                 param=param,
                 code="unknown_hyperparameter",
             )

@@ -17,7 +17,8 @@ from service.api.deps import Config, Db, needs
 from service.api.docs import errors_of
 from service.api.errors import APIError, bad_request
 from service.api.fine_tuning import known_id
-from service.api.resolve import base_directory, model_missing, target
+from service.api.model_names import ModelMissing
+from service.api.resolve import base_directory, target
 from service.api.schemas.common import Deleted
 from service.api.schemas.resources import Listing, ModelObject, PullModel
 from service.db.engine import read, write
@@ -101,7 +102,7 @@ def get_model_content(model: str, db: Db, settings: Config) -> Response:
         if not name.startswith("ft:"):
             base_directory(name, settings.home)
             raise bad_request("Only models that a job made can be downloaded, not their base.", param="model")
-        raise model_missing(name)
+        raise ModelMissing(name)
     found = target(db, settings.home, name)
     return archive.tar_of(found.adapter or found.base, made.id)
 
@@ -115,7 +116,7 @@ def get_model(model: str, db: Db, settings: Config) -> ModelObject:
         return _base(name, settings)
     made = _made(db, name)
     if made is None:
-        raise model_missing(name)
+        raise ModelMissing(name)
     return made
 
 
@@ -130,7 +131,7 @@ def delete_model(model: str, db: Db, settings: Config) -> Deleted:
     with write(db) as session:
         row = session.scalar(select(Model).where(Model.id == name))
         if row is None:
-            raise model_missing(name)
+            raise ModelMissing(name)
         session.execute(delete(Model).where(Model.id == name))
     path = Path(row.path).resolve()
     if path.is_relative_to(settings.home) and path != settings.home:

@@ -15,6 +15,7 @@ from core.models.fingerprint import fingerprint
 from core.models.ref import ModelRef, parse_ref
 from core.models.resolve import local_directory
 from service.api.errors import APIError, bad_request
+from service.api.model_names import ModelMissing
 from service.api.schemas.generation import SteeringSpec, VectorUse
 from service.db.engine import read
 from service.db.tables import Checkpoint, Job, Model, Vector
@@ -27,17 +28,6 @@ class Target:
 
     base: Path
     adapter: Path | None = None
-
-
-def model_missing(name: str) -> APIError:
-    """The 404 for a model that nobody made or pulled."""
-    return APIError(
-        404,
-        f"The model {name[:200]!r} is not here. GET /v1/models lists what is; an admin can bring a base model with "
-        "`gradhelm models pull NAME` (a catalog name or org/name).",
-        code="model_not_found",
-        param="model",
-    )
 
 
 def base_ref(name: str) -> ModelRef:
@@ -55,9 +45,9 @@ def base_ref(name: str) -> ModelRef:
     try:
         ref = parse_ref(name)
     except ValueError:
-        raise model_missing(name) from None
+        raise ModelMissing(name) from None
     if ref.kind not in ("catalog", "hub"):
-        raise model_missing(name)
+        raise ModelMissing(name)
     return ref
 
 
@@ -76,7 +66,7 @@ def base_directory(name: str, home: Path) -> Path:
     """
     directory = local_directory(base_ref(name), home)
     if directory is None:
-        raise model_missing(name)
+        raise ModelMissing(name)
     return directory
 
 
@@ -103,7 +93,7 @@ def target(db: Database, home: Path, name: str) -> Target:
 def _made(db: Database, name: str) -> tuple[str, str, Path]:
     """Kind, base and directory of a model that a job made; 404 when it is not here."""
     if "\x00" in name:
-        raise model_missing(name)
+        raise ModelMissing(name)
     with read(db) as session:
         made = session.scalar(select(Model).where(Model.id == name))
         if made is not None:
@@ -113,10 +103,10 @@ def _made(db: Database, name: str) -> tuple[str, str, Path]:
                 select(Checkpoint, Job.model).join(Job, Job.id == Checkpoint.job_id).where(Checkpoint.model_id == name)
             ).first()
             if row is None or not row[0].available:
-                raise model_missing(name)
+                raise ModelMissing(name)
             kind, base, path = row[0].kind, row[1], Path(row[0].path)
     if not path.is_dir():
-        raise model_missing(name)
+        raise ModelMissing(name)
     return kind, base, path
 
 

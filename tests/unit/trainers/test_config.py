@@ -56,7 +56,9 @@ def test_what_is_written_out_gives_the_same_run_again() -> None:
     [
         ({"batch_sise": 3}, "unknown setting batch_sise; did you mean batch_size"),
         ({"method": {"name": "lora", "rnk": 3}}, "method: unknown setting rnk; did you mean rank"),
+        ({"method": {"name": "lora", "rnk": 3}}, "These exist: .*dropout.*rank"),
         ({"method": {"name": "dpo"}}, "unknown method 'dpo'; these exist: full, lora"),
+        ({"method": "LoRa"}, r"unknown method 'LoRa'; did you mean lora\? These exist: full, lora"),
         ({"method": 3}, "method must be a name"),
         ({"method": {"rank": 0}}, "method: rank must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),

@@ -86,6 +86,11 @@ def test_what_is_no_reference_is_refused_and_the_message_lists_the_forms(text: s
         parse_ref(text)
 
 
+def test_a_catalog_name_in_other_letters_is_recognised() -> None:
+    with pytest.raises(ValueError, match=r"did you mean smollm2-135m-instruct\? Give a catalog name"):
+        parse_ref("SmolLM2_135M-Instruct")
+
+
 def test_what_is_not_text_is_refused() -> None:
     with pytest.raises(ValueError, match="catalog name"):
         parse_ref(None)  # type: ignore[arg-type]
