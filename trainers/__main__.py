@@ -18,7 +18,8 @@ from trainers.config import Run, load_run
 from trainers.errors import CRASHED, STOPPED, USER_ERROR, RunError
 from trainers.report import Reporter
 from trainers.signals import StopSignals
-from trainers.terminal import describe, line
+from trainers.terminal import describe
+from trainers.view import Lines, View, make_view
 
 EPILOG = """\
 Exit codes: 0 succeeded, 2 the run cannot succeed as configured (an error event says why), 3 stopped at a checkpoint
@@ -53,11 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output = Path(run.config.output_dir)
         output.mkdir(parents=True, exist_ok=True)
         log = EventLog(output / "events.jsonl") if main_process else None
-        reporter = Reporter(log, lambda kind, data: print(line(kind, data), flush=True))
+        # The other processes of a launch are silent: only this one has a log, and draws.
+        view: View = make_view(sys.stdout, sys.stderr) if main_process else Lines(sys.stdout)
+        reporter = Reporter(log, view)
         if main_process:
             (output / "resolved.yaml").write_text(describe(run), encoding="utf-8")
         try:
-            with reporter.heartbeat(run.config.heartbeat_seconds):
+            with view, reporter.heartbeat(run.config.heartbeat_seconds):
                 return _guarded(lambda: _train(run, reporter, stop), reporter)
         finally:
             if log is not None:

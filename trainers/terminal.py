@@ -49,9 +49,6 @@ def line(kind: str, data: dict[str, Any]) -> str:
     Returns:
         The line, without a newline.
     """
-    if kind == "progress":
-        left = "" if data["eta_seconds"] is None else f", {data['eta_seconds']:.0f} s left"
-        return f"progress: step {data['step']} of {data['total_steps']}{left}"
     if kind == "message":
         return f"{data['level']}: {data['message']}"
     if kind == "error":
