@@ -22,8 +22,8 @@ PUBLIC = frozenset({"/healthz", "/readyz"})
 @router.get("/healthz", response_model=dict[str, str])
 @public
 async def healthz() -> dict[str, str]:
-    """The process lives and its loop turns."""
-    return {"status": "ok"}
+    """The process lives and its loop turns; `service` says whose server this is."""
+    return {"status": "ok", "service": "gradhelm"}
 
 
 @router.get("/readyz", response_model=dict[str, str], responses={503: {"description": "Not ready."}})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
 import socket
@@ -19,6 +18,7 @@ from typing import Any, Literal
 import psutil
 
 from core.home import home
+from service.cli.neighbour import holder, is_ours
 
 Level = Literal["ok", "warn", "fail"]
 GIB = 1 << 30
@@ -156,31 +156,19 @@ def port() -> Check:
         try:
             probe.bind(("127.0.0.1", number))
         except OSError as error:
-            return Check("port", "warn", f"{number}: {error.strerror}", "Fine if that is your server; else --port 0.")
+            if is_ours("127.0.0.1", number):
+                return Check("port", "ok", f"{number}: a Gradhelm server answers there")
+            advice = "No Gradhelm server answers there: start yours with --port 0."
+            return Check("port", "warn", f"{number}: {error.strerror}", advice)
     return Check("port", "ok", f"{number} is free")
 
 
 def server() -> Check:
     """Whether a server holds the data folder."""
-    lock = home() / "server.lock"
-    try:
-        pid = json.loads(lock.read_text(encoding="utf-8"))["pid"]
-        held = _held(lock)
-    except (OSError, ValueError, KeyError, TypeError):
-        pid, held = None, False
-    if not held:
+    pid = holder(home())
+    if pid is None:
         return Check("server", "ok", "none runs on this data folder")
     return Check("server", "ok", f"process {pid} serves this data folder", "A second one would refuse to start here.")
-
-
-def _held(path: Path) -> bool:
-    """Whether somebody holds a lock on a file, read from the kernel's list: trying it could get in a server's way."""
-    inode = str(path.stat().st_ino)
-    for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
-        fields = line.split()
-        if "FLOCK" in fields and any(field.rpartition(":")[2] == inode for field in fields if field.count(":") == 2):
-            return True
-    return False
 
 
 def openmp() -> Check:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from service.cli import neighbour
 from service.cli.errors import CliError, UsageProblem
 
 
@@ -50,7 +51,10 @@ def serve(
         settings = load_settings(config)
     except ValueError as error:
         raise UsageProblem(f"The settings are not valid: {error}") from error
-    listener = listen(settings.host, settings.port)
+    try:
+        listener = listen(settings.host, settings.port)
+    except OSError as error:
+        raise CliError(neighbour.about_port(error, settings.host, settings.port, settings.home)) from error
     configure(settings.log_level)
 
     def ready() -> None:
@@ -59,7 +63,8 @@ def serve(
     try:
         asyncio.run(GracefulServer(create_app(settings), settings, ready=ready).serve_app(listener))
     except FolderInUse as error:
-        raise CliError(f"{error}.") from error
+        listener.close()
+        raise CliError(neighbour.about_folder(settings.home, error.pid)) from error
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -71,16 +76,13 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(2048)
-    except OSError as error:
+    except OSError:
         listener.close()
-        raise CliError(
-            f"Cannot listen on {host}:{port} ({error.strerror}): another program has it, or the address is not this "
-            "machine's. Take another with --port, or --port 0 for any free one."
-        ) from error
+        raise
     return listener
 
 
 def address(listener: socket.socket) -> str:
     """URL of a listening socket."""
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return neighbour.url(host, port)

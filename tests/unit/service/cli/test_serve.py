@@ -67,7 +67,14 @@ def test_the_whole_life_of_a_server(tmp_path: Path, run: Run, monkeypatch: pytes
             [*SERVE, "--home", str(home)], capture_output=True, text=True, timeout=60, check=False, env=dict(os.environ)
         )
         assert second.returncode == 1
-        assert f"process {process.pid}" in second.stderr
+        text = second.stderr.replace("\n", " ")
+        assert f"process {process.pid}, a Gradhelm server at {url}." in text and "--home FOLDER" in text
+        again = subprocess.run(
+            [*SERVE[:-1], url.rpartition(":")[2], "--home", str(home)],
+            capture_output=True, text=True, timeout=60, check=False, env=dict(os.environ),
+        )  # fmt: skip
+        assert again.returncode == 1
+        assert f"own server already: process {process.pid} serves" in again.stderr.replace("\n", " ")
         assert "Traceback" not in second.stdout + second.stderr
 
         process.send_signal(signal.SIGTERM)

@@ -1,0 +1,139 @@
+"""Who stands in the way of a start: on the port, or on the data folder; and what to do about it."""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import json
+from pathlib import Path
+
+import psutil
+
+SECONDS = 1.0
+"""Longest wait for an answer: what has the port may be anything."""
+_ANSWER_BYTES = 1024
+_ANYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - asked, not listened on
+
+
+def is_ours(host: str, port: int) -> bool:
+    """Whether a Gradhelm server answers at an address of this machine.
+
+    Args:
+        host: what is listened on there; a wildcard is asked on the loopback.
+        port: its port.
+
+    Returns:
+        True only for an answer that says so; False for silence and for other programs.
+    """
+    connection = http.client.HTTPConnection(_ANYWHERE.get(host, host), port, timeout=SECONDS)
+    try:
+        # A Host that every server of ours takes, whatever it listens on.
+        connection.request("GET", "/healthz", headers={"Host": f"127.0.0.1:{port}", "Connection": "close"})
+        answer = json.loads(connection.getresponse().read(_ANSWER_BYTES))
+    except (OSError, http.client.HTTPException, ValueError):
+        return False
+    finally:
+        connection.close()
+    return isinstance(answer, dict) and answer.get("service") == "gradhelm"
+
+
+def url(host: str, port: int) -> str:
+    """The address of a listening socket."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def holder(home: Path) -> int | None:
+    """The process that holds a data folder's lock, read without trying the lock: that could get in a server's way.
+
+    Args:
+        home: the data folder.
+
+    Returns:
+        Its process id, or None when nobody holds it, or that cannot be seen.
+    """
+    lock = home / "server.lock"
+    try:
+        pid = json.loads(lock.read_text(encoding="utf-8"))["pid"]
+        return pid if isinstance(pid, int) and _held(lock) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _held(path: Path) -> bool:
+    inode = str(path.stat().st_ino)
+    for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
+        fields = line.split()
+        if "FLOCK" in fields and any(field.rpartition(":")[2] == inode for field in fields if field.count(":") == 2):
+            return True
+    return False
+
+
+def listens(pid: int) -> list[tuple[str, int]]:
+    """Where a process listens, as (address, port); nothing if it is gone or another user's."""
+    try:
+        found = psutil.Process(pid).net_connections("tcp")
+    except psutil.Error:
+        return []
+    return [(one.laddr.ip, one.laddr.port) for one in found if one.status == psutil.CONN_LISTEN]
+
+
+def about_port(error: OSError, host: str, port: int, home: Path) -> str:
+    """What to tell who wanted to listen where that is not possible.
+
+    Args:
+        error: why it is not possible.
+        host: the address that was wanted.
+        port: the port that was wanted.
+        home: the data folder that was to be served.
+
+    Returns:
+        What has the port, as far as it can be seen, and what to do.
+    """
+    where, other = url(_ANYWHERE.get(host, host), port), "--port 0 (any free one)"
+    if error.errno != errno.EADDRINUSE:
+        return (
+            f"Cannot listen on {host}:{port} ({error.strerror}): the address is not this machine's, or the port needs "
+            f"rights. Take another address with --host, another port with {other}."
+        )
+    if not is_ours(host, port):
+        return (
+            f"Cannot listen on {host}:{port} ({error.strerror}): another program, no Gradhelm server that answers, has "
+            f"it. Take another with --port, or {other}."
+        )
+    pid = holder(home)
+    if pid is not None and any(number == port for _, number in listens(pid)):
+        return (
+            f"{where} is this data folder's own server already: process {pid} serves {home}. Use it as it is, or stop "
+            f"it (kill {pid}) and start again. A second server needs a port and a data folder of its own: {other} "
+            "--home FOLDER."
+        )
+    return (
+        f"Cannot listen on {host}:{port} ({error.strerror}): a Gradhelm server of another data folder than {home} "
+        f"answers there. Use that one at {where}, or take another port for this one: {other}."
+    )
+
+
+def about_folder(home: Path, pid: int | None) -> str:
+    """What to tell who wanted to serve a data folder that a server holds.
+
+    Args:
+        home: the data folder.
+        pid: the process that holds it, if known.
+
+    Returns:
+        Where that server answers, if it does, and what to do.
+    """
+    own = "start this one on a folder of its own: --home FOLDER"
+    if pid is None:
+        return f"The data folder {home} is in use by another process. Stop that server, or {own}."
+    for host, port in listens(pid):
+        if is_ours(host, port):
+            where = url(_ANYWHERE.get(host, host), port)
+            return (
+                f"The data folder {home} is in use by process {pid}, a Gradhelm server at {where}. Use that one "
+                f"(--url {where}), stop it (kill {pid}), or {own}."
+            )
+    return (
+        f"The data folder {home} is in use by process {pid}, which answers nowhere on this machine: it may be starting "
+        f"or stopping. Wait and try again, stop it (kill {pid}), or {own}."
+    )
