@@ -124,8 +124,8 @@ def start_job(client: OpenAI) -> Any:
 def follow(client: OpenAI, job: str, seen: set[str], until_step: int | None = None) -> None:
     """Print the job's events that are not in ``seen`` until it ends, or has done ``until_step`` steps."""
     while True:
-        status = client.fine_tuning.jobs.retrieve(job).status
-        step = 0
+        now = client.fine_tuning.jobs.retrieve(job)
+        status, step = now.status, 0
         for event in reversed(client.fine_tuning.jobs.list_events(job, limit=50).data):
             data = event.data if isinstance(event.data, dict) else {}
             step = max(step, int(data.get("step") or 0))
@@ -135,12 +135,18 @@ def follow(client: OpenAI, job: str, seen: set[str], until_step: int | None = No
             if event.type != "metrics":
                 say(f"   {event.level}: {event.message}")
             elif data.get("train_loss") is not None and step % 5 == 0:
-                say(f"   step {step}: loss {data['train_loss']:.3f}")
+                total = total_steps(now) or total_steps(client.fine_tuning.jobs.retrieve(job))
+                say(f"   step {step} of {total or '?'}: loss {data['train_loss']:.3f}")
         if status in (*OVER, "paused"):
             return
         if until_step is not None and step >= until_step:
             return
         time.sleep(1)
+
+
+def total_steps(job: Any) -> int | None:
+    """Steps that a job will take, once the run has said so."""
+    return ((job.model_extra or {}).get("progress") or {}).get("total_steps")
 
 
 def finished(client: OpenAI, job: str) -> str:
