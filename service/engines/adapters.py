@@ -26,6 +26,14 @@ LORA_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 Key = tuple[str, int, int]  # directory, and its weights' modification time (ns) and size: files may be replaced
 
 
+class PlacesTaken(EngineUnavailable):
+    """Every place for an adapter is in use by a row."""
+
+
+class AdapterStuck(RuntimeError):
+    """Half an adapter is in the layers and cannot be taken out again: what they compute is nobody's model."""
+
+
 class Adapters:
     """Loads adapters when they are asked for and drops the least recently used.
 
@@ -89,7 +97,7 @@ class Adapters:
         while len(self._names) >= self._limit:
             idle = next((k for k, name in self._names.items() if not self._users[name]), None)
             if idle is None:
-                raise EngineUnavailable(f"All {self._limit} places for adapters are in use. Try again shortly.")
+                raise PlacesTaken(f"All {self._limit} places for adapters are in use. Try again shortly.")
             name = self._names.pop(idle)
             del self._users[name]
             if self._names:  # PEFT warns when it has to choose another active one; forwards here name theirs
@@ -103,20 +111,45 @@ class Adapters:
         if check_adapter(directory).get("use_dora"):
             raise ValueError("a DoRA adapter cannot share a batch; it is served merged")
         check_shapes(directory, loaded.model)
-        # What fails from here on leaves layers half wrapped: no ValueError, so that it ends the process.
+        # What fails from here on leaves layers half wrapped. No ValueError: that would blame the adapter for it.
         try:
-            self._peft = attach(loaded.model if self._peft is None else self._peft, directory, name=name)
-        except ValueError as error:
+            peft = attach(loaded.model if self._peft is None else self._peft, directory, name=name)
+            peft.eval()
+            self._hook(peft)
+        except Exception as error:
+            try:
+                self._take_out(name)
+            except Exception as stuck:
+                raise AdapterStuck(f"half of the adapter {directory} is in the layers: {stuck}") from error
             raise RuntimeError(f"PEFT could not take the adapter {directory}") from error
-        self._peft.eval()
-        self._hook()
+        self._peft = peft
         return name
 
-    def _hook(self) -> None:
+    def _take_out(self, name: str) -> None:
+        """Undo what a load that failed left in the layers; without an adapter before it, they are unwrapped again."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        if self._peft is not None:
+            if name in self._peft.peft_config:
+                self._peft.delete_adapter(name)
+            return
+        model = self._loaded.model
+        for parent in list(model.modules()):
+            for place, child in list(parent.named_children()):
+                if isinstance(child, BaseTunerLayer):
+                    setattr(parent, place, child.get_base_layer())
+                elif isinstance(child, AuxiliaryTrainingWrapper):
+                    setattr(parent, place, child.original_module)
+        self._hooked.clear()
+        if hasattr(model, "peft_config"):
+            del model.peft_config  # PEFT's mark on a model that it has wrapped
+
+    def _hook(self, peft: Any) -> None:
         from peft.tuners.lora.layer import LoraLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
 
-        for module in self._peft.modules():
+        for module in peft.modules():
             if isinstance(module, LoraLayer | AuxiliaryTrainingWrapper) and id(module) not in self._hooked:
                 module.register_forward_pre_hook(self._inject, with_kwargs=True)
                 self._hooked.add(id(module))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from service.engines.adapters import AdapterStuck, PlacesTaken
 from service.engines.base import BadRequest, Chunk, EngineBusy, EngineError, EngineUnavailable, Request
 from service.engines.cache import BLOCK, RowCache
 from service.engines.detokenise import Texts
@@ -169,17 +170,37 @@ class Scheduler:
             if sequence.request.adapter is not None:
                 try:
                     sequence.adapter = self.model.adapters.acquire(sequence.request.adapter)
-                except EngineUnavailable:
-                    assert self.running or chosen, "every adapter is in use, by no row"
-                    break  # a place comes free when a row leaves
+                except PlacesTaken as error:
+                    if self.running or chosen:
+                        break  # a place comes free when a row leaves
+                    events.append((self.waiting.popleft().id, error))
+                    continue
                 except EngineError as error:
-                    events.append((sequence.id, error))
-                    self.waiting.popleft()
+                    events.append((self.waiting.popleft().id, error))
+                    continue
+                except AdapterStuck:
+                    raise  # no forward of this process can be trusted any more: a new one takes its place
+                except Exception as error:  # whatever it is, other requests must not pay for it
+                    log.exception("the adapter %s could not be loaded", sequence.request.adapter)
+                    message = f"The adapter could not be loaded ({type(error).__name__}); the engine's log says why."
+                    events.append((self.waiting.popleft().id, EngineUnavailable(message)))
                     continue
             chosen.append(self.waiting.popleft())
-        if chosen:
+        return events + self._begin(chosen)
+
+    def _begin(self, chosen: list[Sequence]) -> list[Event]:
+        """Make the cache that these requests' prompts are read into."""
+        if not chosen:
+            return []
+        try:
             self._prefill = _Prefill(chosen, self.model.new_cache(len(chosen)))
-        return events
+        except Exception as error:
+            log.exception("no cache for %d requests", len(chosen))
+            for sequence in chosen:
+                self._let_go(sequence)
+            message = f"The engine has no room for the request ({type(error).__name__}). Try again shortly."
+            return [(s.id, EngineUnavailable(message)) for s in chosen]
+        return []
 
     def _fits(self, sequences: list[Sequence]) -> bool:
         """Whether these rows, at the greatest lengths that they may reach, stay within the cache's bytes."""
