@@ -1,9 +1,15 @@
-"""What a kill left in the folders of files and vectors: bytes that no row names, and halves of uploads."""
+"""What a kill left in the folders of files and vectors: halves of uploads, and bytes that no row names.
+
+Only halves are deleted. A whole file that no row names may be there because the database is older than the folder (a
+backup that was restored), so it is put aside into ``trash/``, where it stays until somebody removes it.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from sqlalchemy import Engine as Database
@@ -16,22 +22,28 @@ from service.jobs.states import TERMINAL
 from service.log import logger
 
 log = logger(__name__)
+TRASH = "trash"
+"""Where in the data folder strays are put aside."""
+STRAY_SECONDS = 24 * 3600.0
+"""A file is put aside when nothing has touched it for so long: nobody is about to name it, or to restore its row."""
 _OWN = {"files": re.compile(r"file-([A-Za-z0-9]{24})"), "vectors": re.compile(r"vec_([A-Za-z0-9]{24})\.safetensors")}
 
 
-def sweep(home: Path, db: Database) -> list[Path]:
-    """Remove what nobody can reach any more: a file is put in place before its row, and removed after it.
+def sweep(home: Path, db: Database, *, now: float | None = None) -> list[Path]:
+    """Clear away what nobody can reach any more: a file is put in place before its row, and removed after it.
 
-    Only plain files with names of our own making are removed, never links nor what lies behind them, and never what a
-    job that is not over yet may be about to name. A database that knows nothing of what lies here (a new one, or that
-    of another data folder) removes no whole file.
+    Only plain files with names of our own making are touched, never links nor what lies behind them, and never what a
+    job that is not over yet may be about to name. Halves of uploads are deleted. A whole file is moved to the trash, if
+    it is older than ``STRAY_SECONDS`` and the database knows anything at all of what lies here: a new one, or that of
+    another data folder, moves nothing. What cannot be moved stays; a start never fails over it.
 
     Args:
         home: The data folder, locked by this process.
         db: Its database.
+        now: Seconds since the epoch; none means the clock's.
 
     Returns:
-        What was removed.
+        Where the files were that are gone from their places.
     """
     # Listed before the rows are read: what a job puts there in between is not in the list, or has its row.
     found = {folder: _plain_files(home / folder) for folder in _OWN}
@@ -45,25 +57,51 @@ def sweep(home: Path, db: Database) -> list[Path]:
     ours = any(named[folder].intersection(names) for folder, names in found.items()) or any(
         job_directory(home, job_id).is_dir() for job_id in over
     )
-    removed = []
+    before = (time.time() if now is None else now) - STRAY_SECONDS
+    halves, strays = [], []
     for folder, names in found.items():
-        for name in sorted(names - named[folder]):
+        for name in sorted(names.keys() - named[folder]):
             half = name.startswith(".") and name.endswith(".part")
             match = _OWN[folder].fullmatch(name[1:-5] if half else name)
-            if not half and (match is None or not ours):
-                continue
             if match is not None and match[1] in live:
                 continue
             path = home / folder / name
-            path.unlink(missing_ok=True)
-            removed.append(path)
-    if removed:
-        log.warning("strays_removed", paths=[str(path.relative_to(home)) for path in removed])
-    return removed
+            if half:
+                path.unlink(missing_ok=True)
+                halves.append(path)
+            elif match is not None and ours and names[name] < before and _put_aside(path, home):
+                strays.append(path)
+    if halves:
+        log.warning("halves_removed", paths=[str(path.relative_to(home)) for path in halves])
+    if strays:
+        log.warning("strays_put_aside", into=TRASH, paths=[str(path.relative_to(home)) for path in strays])
+    return [*halves, *strays]
 
 
-def _plain_files(folder: Path) -> set[str]:
+def _put_aside(path: Path, home: Path) -> bool:
+    """Move a file into the trash, over nothing that lies there; False when it stays."""
+    target = home / TRASH / path.parent.name / path.name
+    try:
+        if (home / TRASH).is_symlink() or target.parent.is_symlink():
+            raise OSError("the trash is a link, and may lead out of the data folder")
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.path.lexists(target):
+            raise FileExistsError(f"{target} is there already")
+        path.rename(target)
+    except OSError as error:
+        log.warning("stray_left", path=str(path.relative_to(home)), reason=str(error))
+        return False
+    return True
+
+
+def _plain_files(folder: Path) -> dict[str, float]:
+    """Names, and when each file was last written, moved or restored (seconds since the epoch)."""
     if folder.is_symlink():
-        return set()
+        return {}
+    found = {}
     with os.scandir(folder) as entries:
-        return {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
+        for entry in entries:
+            with suppress(FileNotFoundError):  # the scheduler has begun, and renames what it copies
+                if entry.is_file(follow_symlinks=False):
+                    found[entry.name] = entry.stat(follow_symlinks=False).st_ctime
+    return found
