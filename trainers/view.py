@@ -16,6 +16,8 @@ from trainers.terminal import line
 LINE_SECONDS = 10.0
 """Between two lines about steps where nothing can be rewritten; the first, the last and evaluations always get one."""
 
+_ORDER = ("loss", "speed", "left", "held-out loss")
+"""What comes last is what a narrow terminal cuts off."""
 _STEPS = frozenset({"metric", "progress"})
 
 
@@ -52,7 +54,7 @@ class Numbers:
 
     def __str__(self) -> str:
         total = "?" if self.total is None else self.total
-        return "  ".join([f"step {self.step} / {total}", *self._shown.values()])
+        return "  ".join([f"step {self.step} / {total}", *(self._shown[key] for key in _ORDER if key in self._shown)])
 
 
 class Lines:
@@ -113,7 +115,7 @@ class Live:
         self._numbers = Numbers()
         self._lines = None if beside is None else Lines(beside)
         self._progress = Progress(
-            BarColumn(bar_width=16),
+            BarColumn(bar_width=12),
             TextColumn("{task.fields[numbers]}", markup=False),
             console=Console(file=terminal, highlight=False),
             auto_refresh=False,  # no thread: it is drawn when there is something new

@@ -52,7 +52,7 @@ def test_another_program_is_not_ours(script: Script, reply: Reply) -> None:
     assert not neighbour.is_ours("127.0.0.1", port_of(script))
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", ""])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", ""])
 def test_our_server_says_so_and_is_asked_on_the_loopback_under_a_name_that_it_takes(script: Script, host: str) -> None:
     script.on("GET /healthz", OURS)
     assert neighbour.is_ours(host, port_of(script))
