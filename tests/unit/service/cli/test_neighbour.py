@@ -106,7 +106,12 @@ def test_an_address_that_is_not_ours_to_take_is_not_asked(script: Script, home: 
     assert script.asked == []
 
 
-def test_a_folder_in_use_names_the_address_of_its_server(script: Script, held: int, home: Path) -> None:
+def test_a_folder_in_use_names_the_address_of_its_server(
+    script: Script, held: int, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ("127.0.0.1", port_of(script)) in neighbour.listens(held)
+    # This process may have servers of other tests, too.
+    monkeypatch.setattr(neighbour, "listens", lambda pid: [("127.0.0.1", port_of(script))] if pid == held else [])
     assert "answers nowhere" in neighbour.about_folder(home, held)
     script.on("GET /healthz", OURS)
     message = neighbour.about_folder(home, held)
