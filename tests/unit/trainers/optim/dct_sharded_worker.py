@@ -1,0 +1,83 @@
+"""One of two processes that ``test_dct_sharded.py`` starts: ``python -m ... {sharded,replicas}``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from tests.unit.trainers.optim.projected_helpers import follow, gradients, start
+from trainers.optim import DctAdamW, Trion
+
+# Seven rows do not divide by two; (1, 8) leaves the second process with none; experts are split whole.
+SHAPES = ((20, 12), (7, 12), (1, 8), (4, 6, 8), (9,), (6, 3, 2, 2))
+VARIANTS: list[tuple[Any, dict[str, Any]]] = [
+    (DctAdamW, {"lr": 1e-2}),
+    (DctAdamW, {"lr": 1e-2, "transform": "fft", "norm": 2, "update_gap": 3, "feedback": "full", "ages": True}),
+    (DctAdamW, {"lr": 1e-2, "feedback": "8bit", "basis": "identity", "hysteresis": 0.2}),
+    (DctAdamW, {"lr": 1e-2, "basis": "learned", "learn_steps": 3, "learn_gap": 5}),
+    (Trion, {}),
+    (Trion, {"basis": "hadamard", "weight_decay": 0.1}),
+]
+
+
+def sharded() -> None:
+    """A DTensor sharded by rows and a plain tensor end with the same weights, up to the order of a sum."""
+    mesh = init_device_mesh("cpu", (2,))
+    for kind, settings in VARIANTS:
+        plain = [start(shape) for shape in SHAPES]
+        # Sharded rows are looked at from the right; so is the plain tensor. Experts whole: their own side.
+        groups: list[dict[str, Any]] = [{"params": [p], "side": "std" if p.dim() == 3 else "right"} for p in plain]
+        one = kind(groups, rank=4, **settings)
+        parts = [nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in plain]
+        two = kind([{"params": [p]} for p in parts], rank=4, **settings)
+        for step in range(14):
+            whole = [gradients(shape)[step] for shape in SHAPES]
+            follow(one, [dict(zip(plain, whole, strict=True))])
+            follow(two, [dict(zip(parts, [distribute_tensor(g, mesh, [Shard(0)]) for g in whole], strict=True))])
+        for p, q in zip(plain, parts, strict=True):
+            assert isinstance(q, DTensor)
+            difference = float((q.full_tensor() - p).detach().abs().max())
+            assert difference <= 1e-9, (kind.__name__, settings, tuple(p.shape), difference)
+            for name, value in two.state[q].items():
+                if isinstance(value, DTensor):
+                    other = value.full_tensor()
+                    assert other.shape == one.state[p][name].shape, name
+                    assert torch.allclose(other.double(), one.state[p][name].double(), atol=1e-9), name
+
+
+def replicas() -> None:
+    """DDP averages gradients; each replica then chooses the same vectors and ends with the same bits."""
+    for kind, settings in VARIANTS:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 12)).double()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        optimizer = kind(model.parameters(), rank=4, seed=3, **settings)
+        alone = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 12)).double()
+        alone.load_state_dict(model.state_dict())
+        other = kind(alone.parameters(), rank=4, seed=3, **settings)
+        draw = torch.Generator().manual_seed(5)
+        for _ in range(14):
+            x = torch.randn(64, 12, generator=draw, dtype=torch.float64)
+            mine = x[dist.get_rank() * 32 : dist.get_rank() * 32 + 32]
+            for net, own, rows in ((wrapped, optimizer, mine), (alone, other, x)):
+                own.zero_grad()
+                (net(rows) - rows).square().mean().backward()
+                own.step()
+        mine_now = torch.cat([p.detach().flatten() for p in model.parameters()])
+        both = [torch.empty_like(mine_now) for _ in range(2)]
+        dist.all_gather(both, mine_now)
+        assert torch.equal(both[0], both[1]), kind.__name__
+        one = torch.cat([p.detach().flatten() for p in alone.parameters()])
+        assert float((one - mine_now).abs().max()) <= 1e-9, (kind.__name__, settings)
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    {"sharded": sharded, "replicas": replicas}[sys.argv[1]]()
+    dist.destroy_process_group()

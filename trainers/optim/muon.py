@@ -1,0 +1,68 @@
+"""Muon for matrices and AdamW for the rest, both torch's own, as one optimizer with one set of groups and one state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """``torch.optim.Muon`` for groups of role ``projected``, ``torch.optim.AdamW`` for groups of role ``full``.
+
+    Both work on this optimizer's groups and state, so schedulers, ``state_dict`` and checkpoints see one optimizer.
+    """
+
+    def __init__(self, params: list[dict[str, Any]], lr: float = 0.02) -> None:
+        """Makes both.
+
+        Args:
+            params: Groups with a ``role`` each; a group may bring any setting of its optimizer.
+            lr: Learning rate of groups that bring none.
+
+        Raises:
+            ValueError: A group has no role, or Muon is given something other than matrices.
+        """
+        defaults = {
+            "projected": torch.optim.Muon([torch.zeros(1, 1)]).defaults,
+            "full": torch.optim.AdamW([torch.zeros(1)]).defaults,
+        }
+        for group in params:
+            if group.get("role") not in defaults:
+                raise ValueError(f"every group needs the role projected or full, not {group.get('role')!r}")
+        super().__init__([defaults[group["role"]] | {"lr": lr} | group for group in params], {"lr": lr})
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Takes one step of both.
+
+        Args:
+            closure: Computes the loss, with gradients on, before the step.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self._parts:
+            part.step()
+        return loss
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
+    def _share(self) -> None:
+        """Lets both work on this optimizer's own groups and state."""
+        self._parts: list[torch.optim.Optimizer] = []
+        kinds: dict[str, type[torch.optim.Optimizer]] = {"projected": torch.optim.Muon, "full": torch.optim.AdamW}
+        for role, kind in kinds.items():
+            groups = [group for group in self.param_groups if group["role"] == role]
+            if groups:
+                part = kind(groups)  # type: ignore[call-arg]
+                part.param_groups, part.state = groups, self.state
+                self._parts.append(part)
