@@ -19,6 +19,9 @@ _NAMES = (
     "lora",
     "frugal",
     "galore",
+    "dct_adamw",
+    "trion",
+    "muon",
 )
 
 

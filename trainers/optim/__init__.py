@@ -9,19 +9,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trainers.optim.dct_adamw import DctAdamW as DctAdamW
     from trainers.optim.frugal import Frugal as Frugal
     from trainers.optim.galore import GaLore as GaLore
     from trainers.optim.parameters import split_parameters as split_parameters
     from trainers.optim.release import release_gradients as release_gradients
+    from trainers.optim.trion import Trion as Trion
 
 _HOMES = {
+    "DctAdamW": "dct_adamw",
     "Frugal": "frugal",
     "GaLore": "galore",
+    "Trion": "trion",
     "release_gradients": "release",
     "split_parameters": "parameters",
 }
 
-__all__ = ["Frugal", "GaLore", "release_gradients", "split_parameters"]
+__all__ = ["DctAdamW", "Frugal", "GaLore", "Trion", "release_gradients", "split_parameters"]
 
 
 def __getattr__(name: str) -> Any:

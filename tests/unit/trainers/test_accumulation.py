@@ -40,7 +40,8 @@ def test_one_by_eight_is_eight_by_one(name: str, train: Any, tmp_path: Path) -> 
     one, other = (result.losses for result in results)
     difference = _relative(other, one)
     assert max(map(abs, difference)) <= 1e-5
-    assert abs(sum(difference)) / len(difference) <= 2e-6
+    # torch's Muon iterates in bfloat16, which makes the gradient's last bits larger.
+    assert abs(sum(difference)) / len(difference) <= {"muon": 6e-6}.get(name, 2e-6)
 
 
 def test_the_gradient_of_a_step_does_not_depend_on_the_split(tiny_llama: Path) -> None:

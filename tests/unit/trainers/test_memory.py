@@ -29,6 +29,10 @@ CONTEXT = TrainContext(learning_rate=1e-3, seed=0, activation_checkpointing=Fals
         {"name": "frugal", "split": "svd", "signed": ["k_proj", "mlp"]},
         {"name": "frugal", "split": "block", "norms": "projected", "head": "projected"},
         {"name": "galore"},
+        {"name": "dct_adamw"},
+        {"name": "dct_adamw", "rank": 8, "feedback": "4bit", "ages": True, "basis": "learned"},
+        {"name": "trion", "density": 0.25},
+        {"name": "muon"},
     ],
     ids=str,
 )

@@ -31,7 +31,11 @@ def test_another_seed_is_another_run(name: str, train: Any, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", METHODS)
 def test_learns_the_debug_rows(name: str, train: Any) -> None:
     # The base is random and LoRA may not touch its embeddings, so it needs large updates here.
-    settings, rate = {"lora": ({"alpha": 128.0}, 5e-3)}.get(name, ({}, 3e-3))
+    settings, rate = {
+        "lora": ({"alpha": 128.0}, 5e-3),
+        "trion": ({"adam_ratio": 0.3}, 1e-2),
+        "muon": ({"adam_ratio": 0.3}, 1e-2),
+    }.get(name, ({}, 3e-3))
     result = train({"name": name, **settings}, max_steps=60, learning_rate=rate, schedule="cosine", log_every=60)
     assert result.losses[0] > 6.5
     assert sum(result.losses[-4:]) / 4 < 3.5

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[4]
-WORKER = Path(__file__).parent / "dct_sharded_worker.py"
 
 
 def _port() -> int:
