@@ -101,5 +101,5 @@ class Blocks:
             sweep_all(p, g, moments, rule, turn.age, rate, decay, source, self.scratch)
         else:
             free_rate = rate * group["free_lr_scale"]
-            step = Pass(rule, rate, group["free"], free_rate, decay, turn.age, source)
+            step = Pass(rule, rate, group["free"], free_rate, decay, turn.age, source, group["compat"] == "official")
             sweep(p, g, None, [], step, self.scratch)

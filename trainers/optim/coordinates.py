@@ -1,9 +1,8 @@
 """Which coordinates of a matrix keep state, and one pass over the matrix that updates those and the others.
 
 ``Columns``, ``Rows`` and ``Scattered`` each say how to cut the matrix into tiles, and how to take the chosen part of a
-tile out and put it back. ``sweep`` brings every weight and gradient into the cache once: while a tile is there, the
-chosen part is copied to a compact buffer and updated with its moments, the tile is updated without state, and the
-compact part is written over it.
+tile out and put it back. ``sweep`` brings every weight and gradient into the cache once. While a tile is there, a tile
+of changes is made: signs everywhere, then over them what the moments make of the chosen part; and it is added.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor
 
 from trainers.optim import keyed
-from trainers.optim.rules import Age, Free, Rule, free_
+from trainers.optim.rules import Age, Free, Rule, add_
 from trainers.optim.tensors import compute_dtype, round_to
 
-TILE = 1 << 17
+TILE = 1 << 20
 """Elements of a tile on a CPU; measured fastest of 2**14 to 2**20 on a 4096 x 4096 matrix."""
 
 
@@ -42,6 +41,7 @@ class Columns:
     """(k,) int64, ascending, on the matrix's device."""
     block: int = 1
     """The columns come in whole, aligned blocks of this width."""
+    runs: list[tuple[int, int, int]] = field(default_factory=list)
 
     def state_shape(self) -> tuple[int, ...]:
         """(m, k)."""
@@ -64,12 +64,16 @@ class Columns:
         else:
             torch.index_select(x, 1, piece.index, out=out)
 
-    def put(self, x: Tensor, piece: Piece, part: Tensor) -> None:
-        """Writes it back."""
-        if self.block > 1:
-            _blocked(x, self.block).index_copy_(1, piece.index, _blocked(part, self.block))
-        else:
-            x.index_copy_(1, piece.index, part)
+    def put(self, x: Tensor, piece: Piece, part: Tensor) -> None:  # noqa: ARG002
+        """Writes it back. Measured on a CPU, copying runs of blocks takes a fifth of the time of scattering them, and
+        scattering with one index for all rows a third of that of ``index_copy_``."""
+        if self.block == 1 or x.device.type != "cpu":
+            x.scatter_(1, self.index.expand(x.shape[0], -1), part)
+            return
+        if not self.runs:
+            self.runs.extend(_runs(self.index[:: self.block].tolist(), self.block))
+        for start, stop, slot in self.runs:
+            x[:, start:stop] = part[:, slot : slot + stop - start]
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,8 @@ class Pass:
     """Steps since the moments began."""
     generator: torch.Generator | None
     """Draws the bits of stochastic rounding; None rounds to nearest."""
+    plain: bool = False
+    """Keep to the plain order of operations."""
 
 
 def sweep(p: Tensor, g: Tensor, chosen: Chosen | None, moments: Sequence[Tensor], turn: Pass, scratch: Scratch) -> None:
@@ -208,28 +214,35 @@ def sweep(p: Tensor, g: Tensor, chosen: Chosen | None, moments: Sequence[Tensor]
     """
     dtype = compute_dtype(p.dtype)
     size = TILE if p.device.type == "cpu" else max(1, p.numel())
-    if chosen is None:
-        weights, gradient = p.view(-1), g.view(-1)
-        nothing = torch.empty(0, dtype=torch.int64)
-        pieces: Iterator[Piece] = (Piece(slice(a, b), slice(0, 0), nothing) for a, b in _ranges(p.numel(), size))
-    else:
-        weights, gradient = chosen.flat(p), chosen.flat(g)
-        pieces = chosen.pieces(size)
-    for piece in pieces:
+    weights, gradient = (p.view(-1), g.view(-1)) if chosen is None else (chosen.flat(p), chosen.flat(g))
+    nothing = torch.empty(0, dtype=torch.int64)
+    whole = (Piece(slice(a, b), slice(0, 0), nothing) for a, b in _ranges(p.numel(), size))
+    one_pass = turn.free != "none" and turn.free_rate > 0 and not turn.plain and p.device.type == "cpu"
+    # In one pass the tile of changes is in units of the rate without state, with its sign turned.
+    unit = -turn.free_rate if one_pass else 1.0
+    for piece in whole if chosen is None else chosen.pieces(size):
         target = weights[piece.span]
         w, d = _as(target, "weights", dtype, scratch), _as(gradient[piece.span], "gradient", dtype, scratch)
-        sign = scratch.get("sign", w.shape, w, dtype)
-        if chosen is None:
-            free_(w, d, turn.free, turn.free_rate, turn.decay, sign)
+        change = scratch.get("change", d.shape, d, dtype)
+        if turn.free == "sign":
+            torch.sign(d, out=change)
         else:
+            change.copy_(d)
+        if not one_pass:
+            change.mul_(-turn.free_rate if turn.free != "none" else 0.0)
+        if chosen is not None:
             parts = [moment[piece.slots] for moment in moments]
-            active = scratch.get("active weights", parts[0].shape, w, dtype)
-            active_d = scratch.get("active gradient", parts[0].shape, w, dtype)
-            chosen.take(w, piece, active)
-            chosen.take(d, piece, active_d)
-            free_(w, d, turn.free, turn.free_rate, turn.decay, sign)
-            turn.rule.apply(active, active_d, parts, _aged(turn.age, chosen, piece), turn.rate, turn.decay)
-            chosen.put(w, piece, active)
+            part = scratch.get("part", parts[0].shape, d, dtype)
+            update = scratch.get("update", parts[0].shape, d, dtype)
+            chosen.take(d, piece, part)
+            turn.rule.delta_into(update, part, parts, _aged(turn.age, chosen, piece), turn.rate / abs(unit))
+            chosen.put(change, piece, update if unit > 0 else update.neg_())
+        if one_pass:
+            add_(w, change, turn.free_rate, turn.decay)
+        else:
+            if turn.decay:
+                w.mul_(1 - turn.decay)
+            w.add_(change)
         if w is not target:
             round_to(target, w, turn.generator)
 
@@ -268,6 +281,17 @@ def _ranges(total: int, size: int) -> Iterator[tuple[int, int]]:
 
 def _as(tile: Tensor, name: str, dtype: torch.dtype, scratch: Scratch) -> Tensor:
     return tile if tile.dtype == dtype else scratch.get(name, tile.shape, tile, dtype).copy_(tile)
+
+
+def _runs(starts: list[int], width: int) -> list[tuple[int, int, int]]:
+    """Blocks joined where they touch: (first column, column after the last, first slot)."""
+    runs: list[tuple[int, int, int]] = []
+    for slot, start in enumerate(starts):
+        if runs and runs[-1][1] == start:
+            runs[-1] = runs[-1][0], start + width, runs[-1][2]
+        else:
+            runs.append((start, start + width, slot * width))
+    return runs
 
 
 def _blocked(x: Tensor, block: int) -> Tensor:

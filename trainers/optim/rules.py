@@ -42,6 +42,10 @@ class Rule(ABC):
             The update, to be added.
         """
 
+    def delta_into(self, out: Tensor, g: Tensor, moments: Sequence[Tensor], age: Age, rate: float) -> None:
+        """Does as ``delta`` does, and writes the update into a buffer of the same shape and dtype."""
+        out.copy_(self.delta(g, moments, age, rate))
+
     def apply(self, p: Tensor, g: Tensor, moments: Sequence[Tensor], age: Age, rate: float, decay: float) -> None:
         """Decays and updates weights in place.
 
@@ -83,6 +87,14 @@ class Adam(Rule):
             return mean.div(root).mul_(-rate / (1 - self.beta1**old))
         root = square.sqrt().div_((1 - self.beta2**age) ** 0.5).add_(self.eps)
         return mean.div(root).mul_(-rate / (1 - self.beta1**age))
+
+    def delta_into(self, out: Tensor, g: Tensor, moments: Sequence[Tensor], age: Age, rate: float) -> None:
+        """See ``Rule``. The fused kernel has no form that gives the update alone: weights of zero show it."""
+        if self.plain or isinstance(age, Tensor) or not fusable(out, g, *moments):
+            super().delta_into(out, g, moments, age, rate)
+        elif out.numel():
+            mean, square = moments
+            fused(out.zero_(), g, mean, square, torch.tensor(float(age), device="cpu"), self, rate, 0.0)
 
     def apply(self, p: Tensor, g: Tensor, moments: Sequence[Tensor], age: Age, rate: float, decay: float) -> None:
         """See ``Rule``."""
@@ -153,23 +165,27 @@ def rule_of(group: dict[str, Any]) -> Rule:
     raise ValueError(f"full must be adamw, lion or sgdm, not {group['full']!r}")
 
 
-def free_(p: Tensor, g: Tensor, free: Free, rate: float, decay: float, scratch: Tensor | None = None) -> None:
-    """Decays and updates weights without state, in place; sign(0) is 0.
+def add_(w: Tensor, change: Tensor, rate: float, decay: float) -> None:
+    """``w <- (1 - decay) w - rate change`` in one pass, by torch's fused SGD.
 
     Args:
-        p: Weights; float32 or float64.
-        g: Gradient, of the same shape and dtype; not changed.
-        free: Which rule.
-        rate: Learning rate.
+        w: Weights that ``fusable`` takes.
+        change: Of the same shape and dtype; not changed.
+        rate: Positive.
         decay: What is taken off the weights first.
-        scratch: Of the same shape, to be overwritten; made when missing.
     """
-    if decay:
-        p.mul_(1 - decay)
-    if free == "sign":
-        p.add_(torch.sign(g, out=scratch), alpha=-rate)
-    elif free == "sgd":
-        p.add_(g, alpha=-rate)
+    torch._fused_sgd_(
+        [w],
+        [change],
+        [],
+        weight_decay=decay / rate,
+        momentum=0.0,
+        lr=rate,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+    )
 
 
 def fusable(*tensors: Tensor) -> bool:

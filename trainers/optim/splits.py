@@ -111,6 +111,7 @@ class Coordinates:
             decay=float(group["lr"]) * group["weight_decay"],
             age=age,
             generator=rounding(p, turn, group),
+            plain=group["compat"] == "official",
         )
         sweep(p, g, now, moments, turn_pass, self.scratch)
         if now is not None:
