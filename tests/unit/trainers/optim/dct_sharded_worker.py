@@ -1,4 +1,4 @@
-"""One of two processes that ``test_dct_sharded.py`` starts: ``python -m ... {sharded,replicas}``."""
+"""One of two processes that ``test_dct_sharded.py`` starts: ``python -m ... {sharded,replicas,fsdp}``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tests.unit.trainers.optim.projected_helpers import follow, gradients, start
@@ -77,7 +79,36 @@ def replicas() -> None:
         assert float((one - mine_now).abs().max()) <= 1e-9, (kind.__name__, settings)
 
 
+def fsdp() -> None:
+    """FSDP2 in an interval, saved by torch's sharded state dict and loaded into a fresh optimizer, is one process."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(12, 17), nn.Tanh(), nn.Linear(17, 20), nn.Tanh(), nn.Linear(20, 5)).double()
+
+    mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
+    data = torch.randn(8, 64, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for kind, settings in VARIANTS:
+        alone, shards = build(), build()
+        fully_shard(shards, mesh=mesh)
+        one = kind(alone.parameters(), rank=4, side="right", **settings)
+        two = kind(shards.parameters(), rank=4, **settings)
+        for step, rows in enumerate(data):
+            for net, optimizer, own in ((alone, one, rows), (shards, two, rows[rank * 32 : rank * 32 + 32])):
+                optimizer.zero_grad()
+                (net(own) - own[:, :5]).square().mean().backward()
+                optimizer.step()
+            if step == 4:
+                fresh = kind(shards.parameters(), rank=4, **settings)
+                set_optimizer_state_dict(shards, fresh, get_optimizer_state_dict(shards, two))
+                two = fresh
+        for p, q in zip(alone.parameters(), shards.parameters(), strict=True):
+            assert isinstance(q, DTensor)
+            difference = float((q.full_tensor() - p).detach().abs().max())
+            assert difference <= 1e-9, (kind.__name__, settings, tuple(p.shape), difference)
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    {"sharded": sharded, "replicas": replicas}[sys.argv[1]]()
+    {"sharded": sharded, "replicas": replicas, "fsdp": fsdp}[sys.argv[1]]()
     dist.destroy_process_group()
