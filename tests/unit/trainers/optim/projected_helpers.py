@@ -14,6 +14,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "wide": (12, 20),
     "tall": (20, 12),
     "gqa": (8, 24),
+    "square": (16, 16),
     "vector": (10,),
     "experts": (3, 11, 8),
     "convolution": (10, 3, 2, 2),
