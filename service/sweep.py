@@ -1,6 +1,6 @@
-"""What a kill left in the folders of files and vectors: halves of uploads, and bytes that no row names.
+"""What a kill left in the data folder: halves of uploads, bytes that no row names, and starts of jobs.
 
-Only halves are deleted. A whole file that no row names may be there because the database is older than the folder (a
+Only halves are deleted, and what a job that is over started from. A whole file that no row names may be there because the database is older than the folder (a
 backup that was restored), so it is put aside into ``trash/``, where it stays until somebody removes it.
 """
 
@@ -17,6 +17,7 @@ from sqlalchemy import select
 
 from service.db.engine import read
 from service.db.tables import File, Job, Vector
+from service.jobs import starts
 from service.jobs.names import job_directory
 from service.jobs.states import TERMINAL
 from service.log import logger
@@ -26,6 +27,7 @@ TRASH = "trash"
 """Where in the data folder strays are put aside."""
 STRAY_SECONDS = 24 * 3600.0
 """A file is put aside when nothing has touched it for so long: nobody is about to name it, or to restore its row."""
+_JOB = re.compile(r"ftjob-[A-Za-z0-9]{24}")
 _OWN = {"files": re.compile(r"file-([A-Za-z0-9]{24})"), "vectors": re.compile(r"vec_([A-Za-z0-9]{24})\.safetensors")}
 
 
@@ -35,7 +37,8 @@ def sweep(home: Path, db: Database, *, now: float | None = None) -> list[Path]:
     Only plain files with names of our own making are touched, never links nor what lies behind them, and never what a
     job that is not over yet may be about to name. Halves of uploads are deleted. A whole file is moved to the trash, if
     it is older than ``STRAY_SECONDS`` and the database knows anything at all of what lies here: a new one, or that of
-    another data folder, moves nothing. What cannot be moved stays; a start never fails over it.
+    another data folder, moves nothing. So it is with the folder of a job that has no row, in which there is nothing but
+    what the job was to start from. What cannot be moved stays; a start never fails over it.
 
     Args:
         home: The data folder, locked by this process.
@@ -46,6 +49,7 @@ def sweep(home: Path, db: Database, *, now: float | None = None) -> list[Path]:
         Where the files were that are gone from their places.
     """
     # Listed before the rows are read: what a job puts there in between is not in the list, or has its row.
+    jobs = _job_folders(home / "jobs")
     found = {folder: _plain_files(home / folder) for folder in _OWN}
     with read(db) as session:
         named = {
@@ -53,6 +57,7 @@ def sweep(home: Path, db: Database, *, now: float | None = None) -> list[Path]:
             "vectors": {f"{name}.safetensors" for name in session.scalars(select(Vector.id))},
         }
         over = {job_id: status in TERMINAL for job_id, status in session.execute(select(Job.id, Job.status))}
+        started = session.scalars(select(Job).where(Job.start_kind.is_not(None), Job.status.in_(TERMINAL))).all()
     live = {job_id.rpartition("-")[2] for job_id, ended in over.items() if not ended}
     ours = any(named[folder].intersection(names) for folder, names in found.items()) or any(
         job_directory(home, job_id).is_dir() for job_id in over
@@ -71,6 +76,12 @@ def sweep(home: Path, db: Database, *, now: float | None = None) -> list[Path]:
                 halves.append(path)
             elif match is not None and ours and names[name] < before and _put_aside(path, home):
                 strays.append(path)
+    for job_id in sorted(jobs.keys() - over.keys()):
+        path = job_directory(home, job_id)
+        if ours and jobs[job_id] < before and starts.unwritten(path) and _put_aside(path, home):
+            strays.append(path)
+    for job in started:  # cancelled before they ran, or ended in the moment of a kill
+        starts.over(job, home)
     if halves:
         log.warning("halves_removed", paths=[str(path.relative_to(home)) for path in halves])
     if strays:
@@ -79,7 +90,7 @@ def sweep(home: Path, db: Database, *, now: float | None = None) -> list[Path]:
 
 
 def _put_aside(path: Path, home: Path) -> bool:
-    """Move a file into the trash, over nothing that lies there; False when it stays."""
+    """Move a file or a job's folder into the trash, over nothing that lies there; False when it stays."""
     target = home / TRASH / path.parent.name / path.name
     try:
         if (home / TRASH).is_symlink() or target.parent.is_symlink():
@@ -92,6 +103,15 @@ def _put_aside(path: Path, home: Path) -> bool:
         log.warning("stray_left", path=str(path.relative_to(home)), reason=str(error))
         return False
     return True
+
+
+def _job_folders(folder: Path) -> dict[str, float]:
+    """Folders that jobs may have, as ``_plain_files``."""
+    if folder.is_symlink():
+        return {}
+    with os.scandir(folder) as entries:
+        named = [entry for entry in entries if _JOB.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)]
+    return {entry.name: entry.stat(follow_symlinks=False).st_ctime for entry in named}
 
 
 def _plain_files(folder: Path) -> dict[str, float]:

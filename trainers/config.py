@@ -14,6 +14,7 @@ from core.config_yaml import read_yaml
 from trainers.method import Method, MethodConfig
 from trainers.registry import get_method
 from trainers.schedule import Schedule
+from trainers.start import inherit, read_start
 
 DEFAULT_METHOD = "lora"
 
@@ -40,6 +41,12 @@ class RunConfig:
     """JSON lines of chat rows or prompt/completion rows to train on."""
     output_dir: str
     """Where events, metrics, checkpoints and the artifact go; a run whose checkpoints are there is resumed."""
+    start: str | None = None
+    """Folder of an adapter that an earlier run on this model left, its ``artifact`` or a checkpoint's ``adapter``:
+    ``lora`` goes on with it, a method that trains whole weights has it merged into the model first. Whole weights that
+    an earlier run left are a ``model`` themselves."""
+    start_name: str | None = None
+    """What model card and events call the earlier result that ``start`` or, without it, ``model`` is the folder of."""
     eval_file: str | None = None
     """Held-out rows: evaluated before the first step, every ``eval_every`` steps, and after the last."""
     seed: int = 0
@@ -135,6 +142,8 @@ class RunConfig:
                 found.append(f"{loser} has no effect beside {winner}")
         if self.max_steps is not None and self.warmup_steps is not None and self.warmup_steps >= self.max_steps:
             found.append(f"warmup_steps {self.warmup_steps} covers the whole run: the schedule after it has no effect")
+        if self.start_name is not None and self.start is None and not self.model.startswith(("/", "./", "../", "~/")):
+            found.append("start_name has no effect without start, unless model is a folder")
         if self.pack and self.bucket:
             found.append("bucket has no effect with pack: packed sequences are all about as long")
         return found
@@ -155,7 +164,7 @@ class Run:
     settings: MethodConfig
     """The method's settings."""
     origin: Mapping[str, str]
-    """Dotted field -> where its value came from: default, file or command line."""
+    """Dotted field -> where its value came from: default, file, start or command line."""
 
     @property
     def peak_learning_rate(self) -> float:
@@ -193,7 +202,8 @@ def load_run(file: Path, overrides: Sequence[str] = ()) -> Run:
         The resolved run.
 
     Raises:
-        ConfigError: Not a mapping, an unknown key or method, or a value out of range.
+        ConfigError: Not a mapping, an unknown key or method, a value out of range, a start that cannot be used, or a
+            setting that it fixes to another value.
     """
     try:
         content = read_yaml(file.read_text(encoding="utf-8"))
@@ -241,6 +251,8 @@ def parse_run(content: Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
         raise ConfigError(str(error), "method.name") from error
     mine = resolve(RunConfig, data=data, overrides=common, data_origin="file")
     its = _resolve_method(method.config, settings, own)
+    if mine.value.start is not None:
+        its = inherit(read_start(Path(mine.value.start)), method, its)
     origin = {**mine.origin, "method.name": source} | {f"method.{key}": where for key, where in its.origin.items()}
     return Run(config=mine.value, method=method, settings=its.value, origin=origin)
 

@@ -68,6 +68,8 @@ class Method:
     """False for zeroth-order methods: their ``step`` calls the closure under ``torch.no_grad()``."""
     works_on_4bit: bool = False
     """Whether ``base: bnb-nf4`` is allowed."""
+    inherits: tuple[str, ...] = ()
+    """Of a method that makes an adapter: settings that an earlier adapter fixes when a run starts from it."""
 
     def quant(self, config: MethodConfig) -> Literal["none", "bnb-nf4"]:
         """How the base's weights are to be loaded for this configuration."""

@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType, set_seed
 from transformers import PreTrainedTokenizerBase
 
 from core.config import dump
-from core.models.load import Loaded, load
+from core.models.load import Loaded
 from trainers import export
 from trainers.batch import collator
 from trainers.config import Run
@@ -24,8 +24,9 @@ from trainers.loss import TokenLoss
 from trainers.method import Attached, TrainContext
 from trainers.report import Reporter
 from trainers.signals import StopSignals
+from trainers.start import Start, begin, go_on
 
-_PRIVATE = ("train_file", "eval_file", "output_dir")
+_PRIVATE = ("train_file", "eval_file", "output_dir", "start")
 """Settings that say where files lie on this machine; a model card does not repeat them."""
 
 
@@ -59,7 +60,7 @@ def train(run: Run, reporter: Reporter, stop: StopSignals) -> int:
     # Rounding every update to bfloat16 would lose most of it, so weights that train are held in float32.
     held_in = "float32" if method.makes == "weights" else dtype
     quant = method.quant(run.settings)
-    loaded = load(config.model, dtype=held_in, quant=quant)
+    loaded, start = begin(run, dtype=held_in, quant=quant)
     tokenizer = loaded.tokenizer
     rows = read_examples(Path(config.train_file), tokenizer, max_length=config.max_length, param="train_file")
     held_out = (
@@ -70,22 +71,27 @@ def train(run: Run, reporter: Reporter, stop: StopSignals) -> int:
     probe_ids = rows[0].input_ids
     reporter.message(
         "info",
-        f"training {config.model} with {method.name} on {len(rows)} rows",
+        f"training {_base(run, loaded, start)} with {method.name} on {len(rows)} rows",
         threads=config.cpu_threads(),
         processes=accelerator.num_processes,
         device=str(accelerator.device),
         dtype=dtype,
         learning_rate=run.peak_learning_rate,
     )
+    if (origin := _started_from(run, start)) is not None:
+        how = "" if start is None else "; its adapter " + ("goes on" if method.makes == "adapter" else "is merged")
+        reporter.message("info", f"starting from {origin}{how}")
     for warning in run.warnings():
         reporter.message("warn", warning)
 
     attached = _attach(run, loaded, accelerator)
+    if start is not None:
+        go_on(attached.model, method, start)
     loss, optimizer = accelerator.prepare(TokenLoss(attached.model), attached.optimizer)
     loss.train(method.needs_gradients)
     # Same adapter on every process, from the run's seed; from here on each process draws its own dropout.
     set_seed(config.seed + accelerator.process_index)
-    card = _card(run, loaded)
+    card = _card(run, loaded, start)
     loop = Loop(
         run,
         Attached(attached.model, optimizer.optimizer),
@@ -96,7 +102,7 @@ def train(run: Run, reporter: Reporter, stop: StopSignals) -> int:
         accelerator=accelerator,
         reporter=reporter,
         stop=stop,
-        signature=_signature(run, loaded, accelerator.num_processes, dtype),
+        signature=_signature(run, loaded, start, accelerator.num_processes, dtype),
         servable=lambda folder: export.write(attached.model, method, loaded, folder / _servable_name(run), card),
     )
     loop.resume()
@@ -164,28 +170,47 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
 
 
-def _card(run: Run, loaded: Loaded) -> dict[str, Any]:
+def _base(run: Run, loaded: Loaded, start: Start | None) -> str:
+    """What the base is called. That of an earlier adapter keeps its name: they are the same weights."""
+    return start.base if start is not None else run.config.start_name or str(loaded.ref)
+
+
+def _started_from(run: Run, start: Start | None) -> str | None:
+    """The earlier result that the run starts from, if any."""
+    return run.config.start_name or (None if start is None else f"the adapter sha256:{start.sha256}")
+
+
+def _card(run: Run, loaded: Loaded, start: Start | None) -> dict[str, Any]:
     settings = {name: value for name, value in run.as_dict().items() if name not in _PRIVATE}
-    return {
-        "base": str(loaded.ref),
+    base = _base(run, loaded, start)
+    card = {
+        "base": base,
         "base_fingerprint": loaded.fingerprint,
         "data": file_digest(Path(run.config.train_file)),
-        "run": settings | {"learning_rate": run.peak_learning_rate},
+        "run": settings | {"model": base, "learning_rate": run.peak_learning_rate},
     }
+    origin = _started_from(run, start)
+    card |= {} if origin is None else {"started_from": origin}
+    return card if start is None else card | {"started_from_sha256": start.sha256}
 
 
-def _signature(run: Run, loaded: Loaded, processes: int, dtype: str) -> dict[str, Any]:
+def _signature(run: Run, loaded: Loaded, start: Start | None, processes: int, dtype: str) -> dict[str, Any]:
     """What must be equal for a checkpoint to be gone on with; the number of steps may be raised."""
     config = run.config
     held_out = {"eval_file": file_digest(Path(config.eval_file))} if config.eval_file else {}
-    return held_out | {
-        "base": loaded.fingerprint,
-        "train_file": file_digest(Path(config.train_file)),
-        "method": {"name": run.method.name, **dump(run.settings)},
-        "seed": config.seed,
-        "rows_per_step": config.batch_size * config.accumulation * processes,
-        "max_length": config.max_length,
-        "pack": config.pack,
-        "bucket": config.bucket,
-        "dtype": dtype,
-    }
+    begun = {} if start is None else {"start": start.sha256}
+    return (
+        held_out
+        | begun
+        | {
+            "base": loaded.fingerprint,
+            "train_file": file_digest(Path(config.train_file)),
+            "method": {"name": run.method.name, **dump(run.settings)},
+            "seed": config.seed,
+            "rows_per_step": config.batch_size * config.accumulation * processes,
+            "max_length": config.max_length,
+            "pack": config.pack,
+            "bucket": config.bucket,
+            "dtype": dtype,
+        }
+    )

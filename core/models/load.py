@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 
 Quant = Literal["none", "bnb-nf4"]
 DTYPES = ("float32", "bfloat16", "float16")
+
+# Settings of an adapter that say nothing about what it computes, or only about how it was trained.
+_INCIDENTAL = frozenset(
+    {
+        *("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "task_type"),
+        *("lora_dropout", "init_lora_weights"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -147,6 +156,37 @@ def attach(
         # PEFT 0.21 asks transformers 5.23 by a name that the latter is about to drop; goes with a PEFT that does not.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         return PeftModel.from_pretrained(model, str(adapter), adapter_name=name, is_trainable=is_trainable)
+
+
+def restore_adapter(model: PeftModel, adapter: Path) -> None:
+    """Puts a saved adapter's weights into a fresh one of the same form, in place: what ``save_adapter`` wrote, bitwise.
+
+    Args:
+        model: a PEFT model with exactly one active adapter.
+        adapter: directory in PEFT's format; it passes the policy first.
+
+    Raises:
+        ValueError: if the directory is refused, or the two adapters differ in a setting, a tensor's name or its shape.
+    """
+    saved = policy.check_adapter(adapter)
+    import torch
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    (active,) = model.active_adapters
+    fresh = json.loads(json.dumps(model.peft_config[active].to_dict(), default=sorted))
+    for key in sorted(fresh.keys() & saved.keys() - _INCIDENTAL):
+        one, other = (sorted(v) if key == "target_modules" else v for v in (saved[key], fresh[key]))
+        if one != other:
+            raise ValueError(f"the saved adapter has {key} {one!r:.200}, and the one to train has {other!r:.200}")
+    mine = get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False)
+    theirs = load_file(adapter / "adapter_model.safetensors")
+    shapes, wanted = ({name: tuple(tensor.shape) for name, tensor in some.items()} for some in (theirs, mine))
+    if odd := sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name)):
+        raise ValueError(f"the saved adapter has other weights than the one to train: {odd[0]:.200}")
+    with torch.no_grad():
+        for name, tensor in mine.items():
+            tensor.copy_(theirs[name])
 
 
 def check_adapter_base(adapter: Path, ref: ModelRef, directory: Path, identity: str) -> None:

@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 import secrets
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
@@ -16,12 +18,13 @@ from service.api.deps import Caller, Config, Db, Jobs, Mover, needs
 from service.api.docs import errors_of
 from service.api.errors import bad_request, not_found
 from service.api.files import find as find_file
-from service.api.resolve import check_trainable
+from service.api.model_names import ModelMissing
+from service.api.resolve import origin
 from service.api.schemas.resources import CheckpointObject, CreateJob, JobError, JobObject, Listing
 from service.db.engine import read
 from service.db.tables import Checkpoint, Job
-from service.jobs import idempotency
-from service.jobs.records import NewJob, UnknownJob
+from service.jobs import idempotency, names, starts
+from service.jobs.records import NewJob, UnknownJob, new_id
 from service.jobs.store import JobStore
 
 router = APIRouter(tags=["fine-tuning"])
@@ -61,7 +64,8 @@ def wire(job: Job) -> JobObject:
         created_at=job.created_at,
         started_at=job.started_at,
         finished_at=job.finished_at,
-        model=job.model,
+        model=job.start or job.model,
+        base=job.model,
         fine_tuned_model=job.result_model,
         vector=job.result_vector,
         status=job.status,
@@ -96,15 +100,17 @@ def retries(header: str | None) -> int:
     return int(header) if header is not None and re.fullmatch(r"[0-9]{1,3}", header, re.ASCII) else 0
 
 
-def submit(store: JobStore, new: NewJob, check: Any, *, idempotency_key: str | None, retry_count: int) -> Job:
+def submit(
+    store: JobStore, new: NewJob, check: Callable[[], NewJob], *, idempotency_key: str | None, retry_count: int
+) -> Job:
     """Write a job once, after its checks.
 
     A repeated request is looked up before the checks, so that it gets its job even if, say, its file was deleted since.
 
     Args:
         store: The job store.
-        new: The job.
-        check: Called before the job is written; raises what is wrong with the request.
+        new: The job as asked for.
+        check: Called before the job is written; raises what is wrong with the request, and returns the job to write.
         idempotency_key: The request's key, if any.
         retry_count: The SDK's retry count.
 
@@ -123,8 +129,10 @@ def submit(store: JobStore, new: NewJob, check: Any, *, idempotency_key: str | N
         if earlier is not None:
             return earlier
     try:
-        check()
-        return store.create(new, idempotency_key=idempotency_key, reservation=reservation, retry_count=retry_count).job
+        ready = check()
+        return store.create(
+            ready, idempotency_key=idempotency_key, reservation=reservation, retry_count=retry_count
+        ).job
     except Exception:
         if idempotency_key is not None and reservation is not None:
             store.release(new.key_id, idempotency_key, reservation)
@@ -168,7 +176,9 @@ def create_job(
         where = f"method.{wanted.method.type}.hyperparameters"
     resolved = methods.check(name, asked, where=where, validated=wanted.validation_file is not None)
     body = wanted.model_dump(exclude_unset=True)
+    own = new_id("ftjob")
     new = NewJob(
+        id=own,
         kind="fine_tuning",
         model=wanted.model,
         method=name,
@@ -183,13 +193,27 @@ def create_job(
         metadata=wanted.metadata or {},
     )
 
-    def check() -> None:
-        check_trainable(db, settings.home, wanted.model)
+    def check() -> NewJob:
+        found = origin(db, settings.home, wanted.model)
         check_data(db, wanted.training_file, "training_file", ("fine-tune",))
         if wanted.validation_file is not None:
             check_data(db, wanted.validation_file, "validation_file", ("fine-tune",))
+        if found.kind is None:
+            return new
+        try:
+            starts.keep(found, settings.home, own)
+        except FileNotFoundError:
+            raise ModelMissing(wanted.model) from None
+        start = names.start_directory(settings.home, own) if found.adapter else None
+        fixed = methods.check(name, asked, where=where, validated=wanted.validation_file is not None, start=start)
+        return replace(new, model=found.base, start=wanted.model, start_kind=found.kind, resolved=fixed)
 
-    job = submit(store, new, check, idempotency_key=idempotency_key, retry_count=retries(retry_count))
+    job: Job | None = None
+    try:
+        job = submit(store, new, check, idempotency_key=idempotency_key, retry_count=retries(retry_count))
+    finally:
+        if job is None or job.id != own:
+            starts.discard(settings.home, own)
     mover.wake()
     return wire(job)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from core.config import ConfigError, fields_doc, json_schema
@@ -16,7 +17,12 @@ OPENAI = {"n_epochs": "epochs", "batch_size": "batch_size", "learning_rate_multi
 """OpenAI's names of three hyperparameters, and ours. Each takes "auto"."""
 
 AUTO = "auto"
-_OURS = frozenset({"model", "train_file", "eval_file", "output_dir", "seed", "epochs", "threads", "heartbeat_seconds"})
+_OURS = frozenset(
+    {
+        *("model", "train_file", "eval_file", "output_dir", "seed", "epochs", "threads", "heartbeat_seconds"),
+        *("start", "start_name"),
+    }
+)
 _RANGES = {"n_epochs": (1, 50), "batch_size": (1, 256)}
 
 
@@ -65,7 +71,9 @@ def chosen(wanted: CreateJob) -> tuple[str, dict[str, Any]]:
     return name, dict(hyperparameters)
 
 
-def check(name: str, hyperparameters: dict[str, Any], *, where: str, validated: bool) -> dict[str, Any]:
+def check(
+    name: str, hyperparameters: dict[str, Any], *, where: str, validated: bool, start: Path | None = None
+) -> dict[str, Any]:
     """The hyperparameters to store: what was asked, checked, with "auto" for OpenAI's three where nothing was asked.
 
     Args:
@@ -73,18 +81,21 @@ def check(name: str, hyperparameters: dict[str, Any], *, where: str, validated: 
         hyperparameters: As asked.
         where: Dotted name of the object that held them, for errors.
         validated: Whether the job has a validation file; some settings need one.
+        start: Folder of the adapter that the job goes on with, which fixes some settings.
 
     Returns:
-        What to store as the job's resolved hyperparameters.
+        What to store as the job's resolved hyperparameters; those that the start fixes are among them.
 
     Raises:
-        APIError: 400 naming the hyperparameter.
+        APIError: 400 naming the hyperparameter, or the model where the start itself cannot be used.
     """
     own = {field.name for field in dataclasses.fields(METHODS[name].config)}
     common = run_fields()
     content: dict[str, Any] = {"model": "m", "train_file": "t", "output_dir": "o"}
     if validated:
         content["eval_file"] = "e"
+    if start is not None:
+        content["start"] = str(start)
     method: dict[str, Any] = {"name": name}
     for key, value in hyperparameters.items():
         param = f"{where}.{key[:64]}"
@@ -104,11 +115,12 @@ def check(name: str, hyperparameters: dict[str, Any], *, where: str, validated: 
                 code="unknown_hyperparameter",
             )
     try:
-        parse_run({**content, "method": method})
+        run = parse_run({**content, "method": method})
     except (ConfigError, ValueError) as error:
-        raise _refused(error, where) from None
+        raise _refused(error, where, start) from None
     asked = {key: value for key, value in hyperparameters.items() if value is not None}
-    return {**dict.fromkeys(OPENAI, AUTO), **asked}
+    fixed = {key: value for key, value in run.as_dict()["method"].items() if run.origin[f"method.{key}"] == "start"}
+    return {**dict.fromkeys(OPENAI, AUTO), **fixed, **asked}
 
 
 def _check_range(key: str, value: Any, param: str) -> None:
@@ -122,8 +134,13 @@ def _check_range(key: str, value: Any, param: str) -> None:
         raise bad_request(f'{key} must be a positive number, or "auto".', param=param)
 
 
-def _refused(error: ValueError, where: str) -> APIError:
+def _refused(error: ValueError, where: str, start: Path | None) -> APIError:
     key = error.key.removeprefix("method.") if isinstance(error, ConfigError) else ""
+    if key == "start":
+        reason = str(error).removeprefix("start: ").replace(str(start), "it")
+        return bad_request(f"The model cannot be trained on: {reason}.", param="model", code="model_not_usable")
+    if key == "name":
+        return bad_request(f"{error}.", param="method")
     return bad_request(f"{error}.", param=f"{where}.{key}" if key else where)
 
 

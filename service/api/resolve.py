@@ -20,6 +20,8 @@ from service.api.schemas.generation import SteeringSpec, VectorUse
 from service.db.engine import read
 from service.db.tables import Checkpoint, Job, Model, Vector
 from service.engines.base import Steering, SteeringTerm
+from service.jobs import names
+from service.jobs.starts import ON_TUNED, Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,34 +86,62 @@ def target(db: Database, home: Path, name: str) -> Target:
     Raises:
         APIError: 404 when there is no such model, or retention removed the checkpoint.
     """
+    found = origin(db, home, name)
+    return Target(found.weights or base_directory(found.base, home), found.adapter)
+
+
+def origin(db: Database, home: Path, name: str) -> Origin:
+    """What lies behind a model name, down to the base model at its root.
+
+    Args:
+        db: The database.
+        home: The data folder.
+        name: As the client wrote it.
+
+    Returns:
+        The base's name; of a model that jobs made, the whole weights and the adapter on them, where there are such.
+
+    Raises:
+        APIError: 404, as for ``target``.
+    """
     if not name.startswith("ft:"):
-        return Target(base_directory(name, home))
-    kind, base, path = _made(db, name)
-    return Target(path) if kind == "merged" else Target(base_directory(base, home), path)
+        base_directory(name, home)
+        return Origin(name)
+    kind, base, path, job = _made(db, name)
+    if kind == "merged":
+        return Origin(base, weights=path)
+    if job is None or job.start_kind not in ON_TUNED:
+        base_directory(base, home)
+        return Origin(base, adapter=path)
+    weights = names.base_directory(home, job.id)
+    if not weights.is_dir():
+        raise ModelMissing(name)
+    return Origin(base, weights=weights, adapter=path)
 
 
-def _made(db: Database, name: str) -> tuple[str, str, Path]:
-    """Kind, base and directory of a model that a job made; 404 when it is not here."""
+def _made(db: Database, name: str) -> tuple[str, str, Path, Job | None]:
+    """Kind, base and directory of a model that a job made, and the job; 404 when it is not here."""
     if "\x00" in name:
         raise ModelMissing(name)
     with read(db) as session:
         made = session.scalar(select(Model).where(Model.id == name))
         if made is not None:
             kind, base, path = made.kind, made.base, Path(made.path)
+            job = session.scalar(select(Job).where(Job.id == made.job_id))
         else:
             row = session.execute(
-                select(Checkpoint, Job.model).join(Job, Job.id == Checkpoint.job_id).where(Checkpoint.model_id == name)
+                select(Checkpoint, Job).join(Job, Job.id == Checkpoint.job_id).where(Checkpoint.model_id == name)
             ).first()
             if row is None or not row[0].available:
                 raise ModelMissing(name)
-            kind, base, path = row[0].kind, row[1], Path(row[0].path)
+            kind, base, path, job = row[0].kind, row[1].model, Path(row[0].path), row[1]
     if not path.is_dir():
         raise ModelMissing(name)
-    return kind, base, path
+    return kind, base, path, job
 
 
-def check_trainable(db: Database, home: Path, name: str) -> None:
-    """Refuse a model that no job can start from: one that is not here, or one that a job made.
+def check_base(db: Database, home: Path, name: str) -> None:
+    """Refuse a model that no vector can be fitted on: one that is not here, or one that a job made.
 
     Args:
         db: The database.
@@ -124,10 +154,10 @@ def check_trainable(db: Database, home: Path, name: str) -> None:
     if not name.startswith("ft:"):
         base_directory(name, home)
         return
-    _, base, _ = _made(db, name)
+    base = _made(db, name)[1]
     message = (
-        f"The model {name[:200]!r} is a tuned one, and jobs start from a base model only. Its base is {base!r}: give "
-        "that as the model."
+        f"The model {name[:200]!r} is a tuned one, and vectors are fitted on base models only. Its base is {base!r}: "
+        "give that as the model; the vector steers adapters on it too."
     )
     raise bad_request(message, param="model", code="base_model_required")
 

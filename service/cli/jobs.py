@@ -63,7 +63,10 @@ def hyperparameters(texts: Iterable[str] | None) -> dict[str, Any]:
 
 @app.command("create")
 def create(
-    model: Annotated[str, typer.Option("--model", "-m", help="Base model to tune.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Option("--model", "-m", help="What to tune: a base, or an earlier result (ft:...).", show_default=False),
+    ],
     training_file: Annotated[
         str, typer.Option("--file", "-f", help="Training data: a file id, or a path to upload.", show_default=False)
     ],

@@ -82,7 +82,9 @@ class Job(Base):
     created_at: Mapped[int]
     key_id: Mapped[str] = mapped_column(String(64))  # the API key that asked
     body_hash: Mapped[str] = mapped_column(String(64))  # sha256 of the canonical request body
-    model: Mapped[str] = mapped_column(String(512))  # base model as requested
+    model: Mapped[str] = mapped_column(String(512))  # base model; of a job from an earlier result, that one's base
+    start: Mapped[str | None] = mapped_column(String(512))  # the earlier result: ft:..., its checkpoints included
+    start_kind: Mapped[str | None] = mapped_column(String(16))  # what of it lies in the job's folder: see jobs.starts
     method: Mapped[str] = mapped_column(String(64))  # name in METHODS, or of a steering method
     request: Mapped[dict[str, Any]]  # the body as asked
     resolved: Mapped[dict[str, Any]]  # hyperparameters as shown; "auto" until validation knows the rows

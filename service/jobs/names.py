@@ -62,6 +62,32 @@ def job_directory(home: Path, job_id: str) -> Path:
     return home / "jobs" / job_id
 
 
+def start_directory(home: Path, job_id: str) -> Path:
+    """The earlier adapter that a job goes on with, its own copy.
+
+    Args:
+        home: the data folder.
+        job_id: the job.
+
+    Returns:
+        ``<home>/jobs/<job id>/start``.
+    """
+    return job_directory(home, job_id) / "start"
+
+
+def base_directory(home: Path, job_id: str) -> Path:
+    """The whole weights of an earlier result that a job trains on instead of a pulled base, its own copy.
+
+    Args:
+        home: the data folder.
+        job_id: the job.
+
+    Returns:
+        ``<home>/jobs/<job id>/base``.
+    """
+    return job_directory(home, job_id) / "base"
+
+
 def validation_directory(home: Path, job_id: str) -> Path:
     """Folder of the process that checks a job's files.
 

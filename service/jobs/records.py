@@ -46,6 +46,8 @@ class NewJob:
     ``resolved`` is flat. Of a fine-tuning job: ``n_epochs``, ``batch_size`` and ``learning_rate_multiplier``, each a
     number or "auto" until validation has counted the rows, and beside them whatever else was asked by the names of
     ``RunConfig`` and of the method's own settings, already checked against both. Of a fit: fields of ``FitConfig``.
+    ``model`` is a base; ``start`` and ``start_kind`` are set for a job from an earlier result, which lies in the folder
+    of ``id`` by then.
     """
 
     kind: Literal["fine_tuning", "steering_fit"]
@@ -60,6 +62,9 @@ class NewJob:
     suffix: str | None = None
     validation_file: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    id: str | None = None
+    start: str | None = None
+    start_kind: str | None = None
 
 
 @dataclass(frozen=True)

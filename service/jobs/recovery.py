@@ -18,7 +18,12 @@ from service.jobs.records import Event
 USER_ERROR = 2
 STOPPED = 3
 
-_WIRE_PARAMS = {"train_file": "training_file", "data_file": "training_file", "eval_file": "validation_file"}
+_WIRE_PARAMS = {
+    "train_file": "training_file",
+    "data_file": "training_file",
+    "eval_file": "validation_file",
+    "start": "model",
+}
 """Fields of run files, as requests call them."""
 
 _TRANSIENT = (

@@ -24,11 +24,11 @@ from core.events import read as read_events
 from service.db.engine import DatabaseBusy
 from service.db.tables import Job
 from service.executors.base import AlreadyRunning, Executor, Exited, Gone, Running, StaleAttempt
-from service.jobs import logs, recovery, results, spec, tail, validation
+from service.jobs import logs, recovery, results, spec, starts, tail, validation
 from service.jobs.live import Live, phase_of
 from service.jobs.lock import FolderLock
 from service.jobs.records import Event, StaleWrite
-from service.jobs.states import ACTIVE
+from service.jobs.states import ACTIVE, TERMINAL
 from service.jobs.store import JobStore
 from service.jobs.supervisor import RECORD, read_json
 from trainers.config import parse_run
@@ -404,6 +404,8 @@ class Scheduler:
                 rows=rows or (),
             )  # fmt: skip
         self._live.pop(job.id, None)
+        if ending.target in TERMINAL:
+            starts.over(job, self.home)
         assert ending.target not in ACTIVE
         self._wake.set()  # a slot is free
 

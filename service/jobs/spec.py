@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from service.db.tables import Job
-from service.jobs import names
+from service.jobs import names, starts
 from trainers.config import RunConfig
 
 AUTO = "auto"
@@ -20,7 +20,7 @@ MICRO_BATCH = 8
 """Rows in one forward pass at most; a larger batch is accumulated."""
 
 _OPENAI = {"n_epochs": "epochs", "learning_rate_multiplier": "learning_rate_multiplier"}
-_OWN = frozenset({"model", "train_file", "eval_file", "output_dir", "seed"})
+_OWN = frozenset({"model", "train_file", "eval_file", "output_dir", "seed", "start", "start_name"})
 _RUN_FIELDS = frozenset(field.name for field in dataclasses.fields(RunConfig)) - _OWN
 
 
@@ -79,6 +79,19 @@ def max_length(job: Job) -> int:
     return int(job.resolved.get("max_length", default))
 
 
+def model_of(job: Job, home: Path) -> str:
+    """The model that a job's processes load.
+
+    Args:
+        job: the job.
+        home: the data folder.
+
+    Returns:
+        The base's reference, or the folder of the earlier job's whole weights.
+    """
+    return str(names.base_directory(home, job.id)) if job.start_kind in starts.ON_TUNED else job.model
+
+
 def validation_argv(job: Job, home: Path, program: Sequence[str] | None) -> list[str]:
     """Command that judges a job's files and writes ``validation.json`` beside them.
 
@@ -91,7 +104,7 @@ def validation_argv(job: Job, home: Path, program: Sequence[str] | None) -> list
         Program and arguments.
     """
     kind = "core.data.validate" if job.kind == "fine_tuning" else "service.jobs.check_pairs"
-    argv = [*(program or (sys.executable, "-m", kind)), "--model", job.model]
+    argv = [*(program or (sys.executable, "-m", kind)), "--model", model_of(job, home)]
     argv += ["--train", str(names.file_path(home, job.training_file))]
     if job.validation_file is not None:
         argv += ["--eval", str(names.file_path(home, job.validation_file))]
@@ -126,7 +139,7 @@ def run_file(job: Job, home: Path, threads: int) -> dict[str, Any]:
         A mapping that ``trainers.config.parse_run`` accepts.
     """
     content: dict[str, Any] = {
-        "model": job.model,
+        "model": model_of(job, home),
         "train_file": str(names.file_path(home, job.training_file)),
         "output_dir": str(names.job_directory(home, job.id)),
         "seed": job.seed,
@@ -134,6 +147,10 @@ def run_file(job: Job, home: Path, threads: int) -> dict[str, Any]:
     }
     if job.validation_file is not None:
         content["eval_file"] = str(names.file_path(home, job.validation_file))
+    if job.start is not None:
+        content["start_name"] = job.start
+    if job.start_kind in (starts.ADAPTER, starts.BOTH):
+        content["start"] = str(names.start_directory(home, job.id))
     method: dict[str, Any] = {"name": job.method}
     for key, value in job.resolved.items():
         if key == "batch_size":

@@ -73,13 +73,15 @@ class JobStore:
                 if found is not None:
                     return Created(found, replayed=True)
             job = Job(
-                id=new_id("ftjob" if new.kind == "fine_tuning" else "steerjob"),
+                id=new.id or new_id("ftjob" if new.kind == "fine_tuning" else "steerjob"),
                 kind=new.kind,
                 status="validating_files",
                 created_at=int(now),
                 key_id=new.key_id,
                 body_hash=new.body_hash,
                 model=new.model,
+                start=new.start,
+                start_kind=new.start_kind,
                 method=new.method,
                 request=dict(new.request),
                 resolved=dict(new.resolved),
@@ -93,7 +95,8 @@ class JobStore:
             )
             session.add(job)
             session.flush()
-            said = [Event(f"Created job {job.id}"), Event(f"Validating training file {job.training_file}")]
+            begun = f", which starts from {job.start}" if job.start else ""
+            said = [Event(f"Created job {job.id}{begun}"), Event(f"Validating training file {job.training_file}")]
             job.last_seq = len(said)
             queries.insert_events(session, job, said, now)
             if idempotency_key is not None:

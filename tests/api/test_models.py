@@ -107,9 +107,8 @@ async def test_a_checkpoint_is_a_model_until_retention_takes_it(
 
 
 @pytest.mark.parametrize("kind", ["adapter", "merged", "checkpoint", "gone checkpoint", "unknown"])
-@pytest.mark.parametrize("route", ["/v1/fine_tuning/jobs", "/v1/steering/vectors"])
-async def test_a_job_from_a_tuned_model_is_told_the_base(
-    app: FastAPI, client: httpx.AsyncClient, settings: Settings, base: str, kind: str, route: str
+async def test_a_vector_on_a_tuned_model_is_told_the_base(
+    app: FastAPI, client: httpx.AsyncClient, settings: Settings, base: str, kind: str
 ) -> None:
     name, folder = put_model(app, settings.home, kind="merged" if kind == "merged" else "adapter")
     if "checkpoint" in kind:
@@ -126,7 +125,7 @@ async def test_a_job_from_a_tuned_model_is_told_the_base(
         name = f"ft:{base}:local::nothing0"
     else:
         assert (await client.get(f"/v1/models/{name}")).status_code == 200
-    answer = await client.post(route, json={"model": name, "training_file": "file-x"})
+    answer = await client.post("/v1/steering/vectors", json={"model": name, "training_file": "file-x"})
     error = answer.json()["error"]
     assert error["param"] == "model"
     if kind in ("gone checkpoint", "unknown"):

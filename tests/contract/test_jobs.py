@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import time
 
 import openai
 import pytest
@@ -81,6 +82,40 @@ def test_the_tuned_model_chats(served: Served, finished: str) -> None:
         model=name, messages=[{"role": "user", "content": "hi"}], max_tokens=4, temperature=0
     )
     assert answer.choices[0].message.role == "assistant" and answer.usage.completion_tokens <= 4
+
+
+def test_a_job_starts_from_an_earlier_one_and_from_a_checkpoint_of_a_cancelled_one(
+    served: Served, finished: str
+) -> None:
+    jobs = served.client.fine_tuning.jobs
+    first = jobs.retrieve(finished).fine_tuned_model
+    stopped = jobs.create(
+        model=first,
+        training_file=served.upload(steps=2000, seconds=0.05),
+        hyperparameters={"n_epochs": 50, "batch_size": 1},
+        suffix="more",
+        extra_body={"seed": 3},
+    )
+    assert stopped.model == first and stopped.model_extra["base"] == BASE
+    deadline = time.monotonic() + 60
+    while not (saved := list(jobs.checkpoints.list(stopped.id, limit=1))):
+        assert time.monotonic() < deadline, "no checkpoint came"
+        time.sleep(0.05)
+    jobs.cancel(stopped.id)
+    assert served.settled(stopped.id) == "cancelled"
+    name = list(jobs.checkpoints.list(stopped.id))[0].fine_tuned_model_checkpoint
+    assert name.startswith(f"ft:{BASE}:local:more:{stopped.id[-8:]}:ckpt-step-"), name
+    assert int(name.rpartition("-")[2]) >= saved[0].step_number
+    last = jobs.create(model=name, training_file=served.upload(), hyperparameters={"n_epochs": 1})
+    assert served.settled(last.id) == "succeeded"
+    made = jobs.retrieve(last.id).fine_tuned_model
+    assert made == f"ft:{BASE}:local::{last.id[-8:]}"
+    assert any(event.message.endswith(f"which starts from {name}") for event in jobs.list_events(last.id))
+    for model in (first, name, made):
+        answer = served.client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": "hi"}], max_tokens=4
+        )
+        assert answer.model == model
 
 
 def test_jobs_are_listed_and_found_by_metadata(served: Served, finished: str) -> None:

@@ -123,4 +123,5 @@ METHOD = Method(
     makes="adapter",
     learning_rate=4e-4,
     works_on_4bit=True,
+    inherits=("rank", "alpha", "targets", "rslora", "dora"),
 )

@@ -46,7 +46,10 @@ class MethodChoice(Body):
 class CreateJob(Body):
     """Body of `POST /v1/fine_tuning/jobs`."""
 
-    model: Name = Field(description="Base model: a catalog name, or a Hub id that was pulled.")
+    model: Name = Field(
+        description="Base model (a catalog name, or a Hub id that was pulled), or an earlier result to start from: "
+        "`ft:...`, or its checkpoint `ft:...:ckpt-step-N`."
+    )
     training_file: Name = Field(description="Id of an uploaded file with purpose `fine-tune`.")
     validation_file: Name | None = Field(None, description="Id of a file with held-out rows.")
     method: MethodChoice | None = Field(None, description="Training method and its hyperparameters; default `lora`.")
@@ -70,7 +73,10 @@ class JobError(Answer):
 
 
 class JobObject(Answer):
-    """A job; fields beyond OpenAI's are `progress` and, for a fit, `vector`."""
+    """A job; fields beyond OpenAI's are `base`, `progress` and, for a fit, `vector`.
+
+    `model` is what the request named. Where that is an earlier result, `base` is the base model at its root.
+    """
 
     id: str
     object: str
@@ -78,6 +84,7 @@ class JobObject(Answer):
     started_at: int | None = None
     finished_at: int | None = None
     model: str
+    base: str
     fine_tuned_model: str | None = None
     vector: str | None = None
     organization_id: str = "local"
