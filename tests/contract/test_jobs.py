@@ -103,7 +103,7 @@ def test_a_job_starts_from_an_earlier_one_and_from_a_checkpoint_of_a_cancelled_o
         time.sleep(0.05)
     jobs.cancel(stopped.id)
     assert served.settled(stopped.id) == "cancelled"
-    name = list(jobs.checkpoints.list(stopped.id))[0].fine_tuned_model_checkpoint
+    name = next(iter(jobs.checkpoints.list(stopped.id))).fine_tuned_model_checkpoint
     assert name.startswith(f"ft:{BASE}:local:more:{stopped.id[-8:]}:ckpt-step-"), name
     assert int(name.rpartition("-")[2]) >= saved[0].step_number
     last = jobs.create(model=name, training_file=served.upload(), hyperparameters={"n_epochs": 1})
