@@ -63,7 +63,10 @@ def put_checkpoint(app: FastAPI, home: Path) -> tuple[str, Path]:
 
 
 def row_of(app: FastAPI, job: dict[str, Any]) -> Job:
-    return app.state.store.get(job["id"])
+    """The job's row as it is once its files are validated."""
+    row: Job = app.state.store.get(job["id"])
+    row.resolved = spec.resolve(row.resolved, 100)
+    return row
 
 
 def folders(home: Path) -> set[str]:
