@@ -1,7 +1,8 @@
 """What a kill left in the data folder: halves of uploads, bytes that no row names, and starts of jobs.
 
-Only halves are deleted, and what a job that is over started from. A whole file that no row names may be there because the database is older than the folder (a
-backup that was restored), so it is put aside into ``trash/``, where it stays until somebody removes it.
+Only halves are deleted, and what a job that is over started from. A whole file that no row names may be there because
+the database is older than the folder (a backup that was restored), so it is put aside into ``trash/``, where it stays
+until somebody removes it.
 """
 
 from __future__ import annotations

@@ -125,6 +125,8 @@ class RunConfig:
             _at_least(self, "warmup_steps", 0)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), not {self.seed}")
+        if self.start_name is not None and self.start is None and not self.model.startswith(("/", "./", "../", "~/")):
+            raise ValueError("start_name is the name of an earlier result: give its folder as start, or as the model")
         if self.eval_file is None and self.early_stopping_patience is not None:
             raise ValueError("early_stopping_patience needs an eval_file to judge by")
         if self.eval_file is None and self.export == "best":
@@ -142,8 +144,6 @@ class RunConfig:
                 found.append(f"{loser} has no effect beside {winner}")
         if self.max_steps is not None and self.warmup_steps is not None and self.warmup_steps >= self.max_steps:
             found.append(f"warmup_steps {self.warmup_steps} covers the whole run: the schedule after it has no effect")
-        if self.start_name is not None and self.start is None and not self.model.startswith(("/", "./", "../", "~/")):
-            found.append("start_name has no effect without start, unless model is a folder")
         if self.pack and self.bucket:
             found.append("bucket has no effect with pack: packed sequences are all about as long")
         return found

@@ -20,7 +20,7 @@ from service.settings import Settings
 from tests.api.test_files import upload
 from tests.api.test_follow import make_job
 from tests.api.test_jobs import create
-from tests.api.test_sweep import add_file, restart
+from tests.api.test_sweep import add_file, restart, start
 from tests.chaos.standin import put_adapter
 from trainers.config import parse_run
 
@@ -257,22 +257,24 @@ async def test_a_repeated_request_is_answered_though_its_start_is_gone(
     assert folders(settings.home) == before
 
 
-async def test_the_start_of_an_unfinished_creation_is_swept(
-    app: FastAPI, client: httpx.AsyncClient, settings: Settings, base: str
+async def test_starts_that_nobody_needs_are_swept(
+    app: FastAPI, client: httpx.AsyncClient, settings: Settings, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = settings.home
     add_file(app, settings)
     name, _ = put_result(app, home)
     waiting, ended = [(await create(client, name)).json()["id"] for _ in range(2)]
     await client.post(f"{ROUTE}/{ended}/cancel")  # nothing ran, so no scheduler let go of it
-    unwritten, halfway, other = (f"ftjob-{letter * 24}" for letter in "uho")
-    put_adapter(names.start_directory(home, unwritten))
-    put_adapter(names.job_directory(home, halfway) / ".base.abc123")
-    put_adapter(names.start_directory(home, other))
-    (names.job_directory(home, other) / "run.yaml").write_text("not ours to judge")
-    await restart(settings)
-    assert not names.job_directory(home, unwritten).exists()
-    assert not names.job_directory(home, halfway).exists()
+    unwritten, halfway, other = (names.job_directory(home, f"ftjob-{letter * 24}") for letter in "uho")
+    put_adapter(unwritten / "start")
+    put_adapter(halfway / ".base.abc123")
+    put_adapter(other / "start")
+    (other / "run.yaml").write_text("not ours to judge")
+    await start(settings)
     assert not names.start_directory(home, ended).exists()
     assert names.start_directory(home, waiting).is_dir()
-    assert names.start_directory(home, other).is_dir()
+    assert unwritten.is_dir() and halfway.is_dir(), "a day must pass: their rows may come, or come back"
+    await restart(settings, monkeypatch)
+    assert not unwritten.exists() and not halfway.exists()
+    assert (home / "trash" / "jobs" / unwritten.name / "start" / "manifest.json").is_file()
+    assert (other / "start").is_dir() and names.start_directory(home, waiting).is_dir()

@@ -266,9 +266,10 @@ def test_the_command_line_honours_it(
     assert load_run(file, [f"start={artifact}"]).origin["start"] == "command line"
 
 
-def test_a_name_without_a_start_warns() -> None:
-    assert any("start_name" in text for text in parse_run(LEAST | {"start_name": "x"}).warnings())
-    assert not parse_run(LEAST | {"start_name": "x", "model": "/some/folder"}).warnings()
+def test_a_name_without_a_start_is_refused() -> None:
+    with pytest.raises(ConfigError, match="start_name"):
+        parse_run(LEAST | {"start_name": "x"})
+    parse_run(LEAST | {"start_name": "x", "model": "/some/folder"})
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -107,5 +107,8 @@ def test_a_copy_is_whole_holds_plain_files_and_is_there_at_once_or_not_at_all(
     with pytest.raises(FileNotFoundError):
         starts.keep(Origin("b", adapter=source), tmp_path, "m")
     assert list((tmp_path / "jobs" / "m").iterdir()) == []
-    assert starts.discard(tmp_path, "m") and not (tmp_path / "jobs" / "m").exists()
-    assert not starts.discard(tmp_path, "m")
+    starts.discard(tmp_path, "m")
+    assert not (tmp_path / "jobs" / "m").exists()
+    (tmp_path / "jobs" / "j" / "run.yaml").touch()
+    starts.discard(tmp_path, "j")
+    assert kept.is_dir(), "more than a start is a job's"
