@@ -22,6 +22,8 @@ def table() -> str:
         machines.add(f"{result['machine']['cores']} cores of {result['machine']['cpu']}, {result['date'][:10]}")
         for claim in result["claims"]:
             value = "not measured" if claim["value"] is None else f"{claim['value']:.4g}"
+            if claim.get("interval"):
+                value += " [{:.3g}, {:.3g}]".format(*claim["interval"])
             lines.append(
                 f"| {claim['id']} | {claim['target']} | {value} | {'met' if claim['holds'] else '**missed**'} |"
             )

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,23 +16,40 @@ from statistics import median
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "fastapi", "sqlalchemy")
-COMPARE: dict[str, Callable[[float, float], bool]] = {">=": lambda v, t: v >= t, "<=": lambda v, t: v <= t}
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "fastapi", "sqlalchemy", "tokenizers", "numpy")
+COMPARE: dict[str, Callable[[float, float], bool]] = {
+    ">=": lambda v, t: v >= t,
+    "<=": lambda v, t: v <= t,
+    "<": lambda v, t: v < t,
+}
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One target. ``target`` reads ``">= 1.3"`` or ``"<= 30"``; ``value`` is None where it could not be measured."""
+    """One target: ``">= 1.3"``, ``"<= 30"``, or ``"< 0 throughout"``, which both ends of the interval must meet too.
+
+    ``value`` is None where it could not be measured; ``interval`` is the 95 % interval of a value that has one.
+    """
 
     id: str
     target: str
     value: float | None
+    interval: tuple[float, float] | None = None
 
     @property
     def holds(self) -> bool:
-        """Whether the value meets the target; never for a missing value."""
-        sign, bound = self.target.split()
-        return self.value is not None and COMPARE[sign](self.value, float(bound))
+        """Whether the value meets the target; never for a missing value, or ``throughout`` a missing interval."""
+        sign, bound, *throughout = self.target.split()
+        assert throughout in ([], ["throughout"]), self.target
+        if self.value is None or (throughout and self.interval is None):
+            return False
+        ends = self.interval if throughout and self.interval is not None else ()
+        return all(COMPARE[sign](each, float(bound)) for each in (self.value, *ends))
+
+    def as_json(self) -> dict[str, Any]:
+        """What the results file says of it; the interval only where there is one."""
+        told = {"id": self.id, "target": self.target, "value": self.value, "holds": self.holds}
+        return told if self.interval is None else {**told, "interval": list(self.interval)}
 
 
 @dataclass
@@ -49,17 +66,20 @@ class Report:
         self.rows.append(values)
         print("  " + "  ".join(f"{k}={_short(v)}" for k, v in values.items()), flush=True)
 
-    def claim(self, id: str, target: str, value: float | None) -> None:
+    def claim(self, id: str, target: str, value: float | None, interval: tuple[float, float] | None = None) -> None:
         """Add one claim and print whether it holds."""
-        claim = Claim(id, target, None if value is None else round(value, 4))
+        ends = None if interval is None else (round(interval[0], 4), round(interval[1], 4))
+        claim = Claim(id, target, None if value is None else round(value, 4), ends)
         self.claims.append(claim)
-        print(f"  {claim.id}: {claim.value} (target {claim.target}) {'holds' if claim.holds else 'MISSED'}", flush=True)
+        within = "" if ends is None else f" [{ends[0]}, {ends[1]}]"
+        verdict = "holds" if claim.holds else "MISSED"
+        print(f"  {claim.id}: {claim.value}{within} (target {claim.target}) {verdict}", flush=True)
 
     def write(self) -> Path:
         """Write ``benchmarks/results/<name>.json``."""
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"{self.name}.json"
-        content = {
+        content: dict[str, Any] = {
             "name": self.name,
             "command": f"python -m benchmarks.{self.name} " + " ".join(sys.argv[1:]),
             "commit": commit(),
@@ -68,7 +88,7 @@ class Report:
             "versions": versions(),
             "seeds": list(self.seeds),
             "rows": self.rows,
-            "claims": [{**asdict(c), "holds": c.holds} for c in self.claims],
+            "claims": [claim.as_json() for claim in self.claims],
         }
         content["command"] = content["command"].strip()
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -116,7 +116,7 @@ def _gradhelm(match: re.Match[str], commands: Mapping[str, set[str]], groups: se
 
 
 # Variables that are no settings of the server: the command line's, and the catalog's.
-OTHER_VARIABLES = frozenset({"GRADHELM_URL", "GRADHELM_API_KEY", "GRADHELM_WHEEL_DIR"})
+OTHER_VARIABLES = frozenset({"GRADHELM_URL", "GRADHELM_API_KEY", "GRADHELM_WHEEL_DIR", "GRADHELM_EVAL_DATA"})
 
 
 def unknown_variables(root: Path, facts: Facts) -> Iterator[str]:

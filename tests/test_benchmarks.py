@@ -7,9 +7,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks import data
 from benchmarks.report import RESULTS, Claim, interleaved, ratio
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +24,22 @@ CLAIMS = {
         "chat-while-training",
     },
     "sft_vs_trl": {"sft-tokens-per-second-vs-trl", "sft-tokens-per-second-vs-trl-grouped"},
+    "optimizer_step": {
+        "frugal-rows-step-vs-fused-adamw",
+        "frugal-column-blocks-step-vs-fused-adamw",
+        "frugal-columns-step-vs-fused-adamw",
+        "frugal-signsgd-step-vs-fused-adamw",
+        "dct-adamw-step-vs-forward-backward",
+        "trion-step-vs-forward-backward",
+        "state-bytes-vs-formula",
+    },
+    "pretrain_optimizers": {
+        "frugal-ppl-gap-closed",
+        "frugal-beats-galore-ppl",
+        "dct-adamw-vs-random-basis-ppl-percent",
+        "beyond-beats-parent",
+    },
+    "finetune_optimizers": set[str](),
 }
 
 
@@ -30,6 +48,8 @@ CLAIMS = {
 def test_quick(script: str) -> None:
     if script == "sft_vs_trl" and importlib.util.find_spec("trl") is None:
         pytest.skip("trl is not installed; `make bench` has it in its own environment")
+    if (reason := data.missing(script)) is not None:
+        pytest.skip(reason)
     before = {path: path.read_bytes() for path in RESULTS.glob("*.json")}
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{script}", "--quick"], cwd=ROOT, capture_output=True, text=True
@@ -42,7 +62,17 @@ def test_quick(script: str) -> None:
 def test_a_claim_holds_only_when_measured_and_met() -> None:
     assert Claim("a", ">= 1.3", 1.3).holds and not Claim("a", ">= 1.3", 1.29).holds
     assert Claim("a", "<= 30", 30.0).holds and not Claim("a", "<= 30", 30.1).holds
+    assert Claim("a", "< 0", -0.1).holds and not Claim("a", "< 0", 0.0).holds
     assert not Claim("a", "<= 30", None).holds
+
+
+def test_throughout_is_a_matter_of_the_whole_interval() -> None:
+    assert Claim("a", "< 0 throughout", -2.0, (-3.0, -0.1)).holds
+    assert not Claim("a", "< 0 throughout", -2.0, (-3.0, 0.1)).holds
+    assert not Claim("a", "< 0 throughout", -2.0).holds
+    assert Claim("a", ">= 0.35", 0.4, (0.1, 0.7)).holds
+    assert Claim("a", "< 0", -2.0, (-3.0, 0.1)).as_json()["interval"] == [-3.0, 0.1]
+    assert "interval" not in Claim("a", "< 0", -2.0).as_json()
 
 
 def test_arms_take_turns_and_ratios_are_taken_within_a_repetition() -> None:
@@ -61,5 +91,9 @@ def test_results_name_every_claim_that_was_set() -> None:
     for path in RESULTS.glob("*.json"):
         result = json.loads(path.read_text(encoding="utf-8"))
         assert {claim["id"] for claim in result["claims"]} == CLAIMS[path.stem]
-        assert all(c["holds"] == Claim(c["id"], c["target"], c["value"]).holds for c in result["claims"])
+        assert all(c == Claim(c["id"], c["target"], c["value"], _interval(c)).as_json() for c in result["claims"])
         assert result["seeds"] and result["versions"]["torch"] and result["machine"]["cores"]
+
+
+def _interval(claim: dict[str, Any]) -> tuple[float, float] | None:
+    return tuple(claim["interval"]) if "interval" in claim else None

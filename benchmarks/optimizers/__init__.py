@@ -1,0 +1,1 @@
+"""What the benchmarks of the optimizers share: runs and their record, rates, seeds, intervals, text, models."""
