@@ -16,7 +16,12 @@ from statistics import median
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "fastapi", "sqlalchemy", "tokenizers", "numpy")
+PACKAGES = (
+    *("torch", "transformers", "tokenizers", "peft", "accelerate", "numpy", "fastapi", "sqlalchemy"),
+    *("trl", "galore-torch", "apollo-torch"),
+)
+FOLDERS = ("--data-dir", "--work")
+"""Options whose values are places on one machine."""
 COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">=": lambda v, t: v >= t,
     "<=": lambda v, t: v <= t,
@@ -81,7 +86,7 @@ class Report:
         path = RESULTS / f"{self.name}.json"
         content: dict[str, Any] = {
             "name": self.name,
-            "command": f"python -m benchmarks.{self.name} " + " ".join(sys.argv[1:]),
+            "command": command(self.name, sys.argv[1:]),
             "commit": commit(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(),
@@ -90,7 +95,6 @@ class Report:
             "rows": self.rows,
             "claims": [claim.as_json() for claim in self.claims],
         }
-        content["command"] = content["command"].strip()
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return path
 
@@ -107,6 +111,17 @@ def interleaved(arms: Mapping[str, Callable[[], float]], repetitions: int) -> di
 def ratio(over: Sequence[float], under: Sequence[float]) -> float:
     """Median of the ratios of each repetition."""
     return median(a / b for a, b in zip(over, under, strict=True))
+
+
+def command(name: str, arguments: Sequence[str]) -> str:
+    """What was run, without the folders of the machine that it was run on."""
+    kept, drop = ["python", "-m", f"benchmarks.{name}"], False
+    for argument in arguments:
+        folder = argument.partition("=")[0] in FOLDERS
+        if not folder and not drop:
+            kept.append(argument)
+        drop = folder and "=" not in argument
+    return " ".join(kept)
 
 
 def commit() -> str:

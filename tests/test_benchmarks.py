@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import data
-from benchmarks.report import RESULTS, Claim, interleaved, ratio
+from benchmarks.report import RESULTS, Claim, command, interleaved, ratio
 
 ROOT = Path(__file__).parents[1]
 CLAIMS = {
@@ -85,6 +85,12 @@ def test_arms_take_turns_and_ratios_are_taken_within_a_repetition() -> None:
     found = interleaved({"a": lambda: arm("a", 2.0), "b": lambda: arm("b", 1.0)}, 2)
     assert order == ["a", "b", "a", "b"] and found == {"a": [2.0, 2.0], "b": [1.0, 1.0]}
     assert ratio([2.0, 9.0, 6.0], [1.0, 1.0, 3.0]) == 2.0
+
+
+def test_the_recorded_command_has_no_folders_of_this_machine() -> None:
+    given = ["--data-dir", "/home/me/data", "--hours", "3", "--work=/tmp/runs.jsonl", "--workers", "2"]
+    assert command("x", given) == "python -m benchmarks.x --hours 3 --workers 2"
+    assert command("x", []) == "python -m benchmarks.x"
 
 
 def test_results_name_every_claim_that_was_set() -> None:
