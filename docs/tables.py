@@ -11,7 +11,8 @@ SHARED = ("--url", "--key", "--json")
 
 
 def blocks(facts: Facts) -> dict[str, str]:
-    """Every generated block by name: ``settings-<name>``, ``routes``, ``commands``, ``metrics``, ``row-codes``."""
+    """Every generated block by name: ``settings-<name>``, ``routes``, ``commands``, ``metrics``, ``row-codes``,
+    ``optimizer-costs``."""
     made = {f"settings-{name}": _settings(group) for name, group in facts.settings.items() if "method-" not in name}
     groups = [group for name, group in facts.settings.items() if "method-" in name]
     made["settings-methods"] = "\n\n".join(
@@ -29,6 +30,7 @@ def blocks(facts: Facts) -> dict[str, str]:
     made["row-codes"] = _row_codes()
     made["pair-codes"] = _pair_codes()
     made["fit-methods"] = _fit_methods()
+    made["optimizer-costs"] = _optimizer_costs()
     return made
 
 
@@ -71,6 +73,12 @@ def _fit_methods() -> str:
 
     rows = ((f"`{one.name}`", one.paper, _cell(one.summary)) for one in METHODS.values())
     return _table(("method", "arXiv", "what it does"), rows)
+
+
+def _optimizer_costs() -> str:
+    from docs.costs import SIZES, table
+
+    return _table(("method", "bytes for an (m, n) matrix, m >= n", *(size.name for size in SIZES)), table())
 
 
 def _table(heading: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

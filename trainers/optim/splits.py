@@ -141,9 +141,11 @@ class Coordinates:
         if self.cache.get(place, ((),))[0] == what:
             return self.cache[place][1]
         shape = (p.shape[0], p.shape[1])
-        picked = (
-            state["indices"] if "indices" in state else choice.drawn(group["split"], shape, k, turn, refresh, group)
-        )
+        picked: Tensor | int = 0  # A plan on tensors without data has no use for the passes that a bound takes.
+        if "indices" in state:
+            picked = state["indices"]
+        elif not (p.is_meta and group["split"] == "randk"):
+            picked = choice.drawn(group["split"], shape, k, turn, refresh, group)
         made = choice.chosen(group["split"], shape, picked, k, turn.key(SUBSET, refresh), group, p)
         self.cache[place] = what, made
         return made

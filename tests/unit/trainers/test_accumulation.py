@@ -22,6 +22,8 @@ from trainers.registry import METHODS
 ROOT = Path(__file__).parents[3]
 DATA = ROOT / "configs" / "debug" / "data" / "harbour.jsonl"
 SPLITS = [(8, 1), (1, 8), (2, 4), (3, 3)]
+# Singular vectors with nearly equal values turn by more than the gradient's last bits.
+TURNED = {"galore": 1e-5}
 
 
 def _relative(one: list[float], other: list[float]) -> list[float]:
@@ -74,10 +76,8 @@ def test_the_first_update_saw_the_same_gradient(name: str, train: Any, tmp_path:
         )
         state = result.checkpoint.tensors
         moments.append(torch.cat([v.flatten() for k, v in sorted(state.items()) if k.endswith("exp_avg")]))
-    # Singular vectors with nearly equal values turn by more than the gradient's last bits.
-    limit = {"galore": 1e-5}.get(name, 1e-6)
     for other in moments[1:3]:
-        assert float((other - moments[0]).norm()) <= limit * float(moments[0].norm())
+        assert float((other - moments[0]).norm()) <= TURNED.get(name, 1e-6) * float(moments[0].norm())
     assert float((moments[3] - moments[0]).norm()) > 1e-3 * float(moments[0].norm()), "3 x 3 is a step of nine rows"
 
 
@@ -120,4 +120,4 @@ def test_two_processes_are_one_with_the_same_global_batch(name: str, train: Any,
         return torch.cat([v.flatten() for k, v in sorted(tensors.items()) if k.endswith("exp_avg")])
 
     one, other = moment(alone.output), moment(two.output)
-    assert float((other - one).norm()) <= 1e-6 * float(one.norm())
+    assert float((other - one).norm()) <= TURNED.get(name, 1e-6) * float(one.norm())
