@@ -125,7 +125,13 @@ class ProjectedOptimizer(LowMemoryOptimizer):
         """
         kind, transform = group["basis"], group["transform"]
         if kind == "learned":
-            return Basis(self.state[self._leader(parameter)]["eigenbasis"])
+            held = self.state[self._leader(parameter)]
+            if "eigenbasis" not in held:
+                raise ValueError(
+                    "a learned basis needs the gradients of all layers of a type before any of them moves: step after "
+                    "the backward pass, without gradient release, or choose another basis"
+                )
+            return Basis(held["eigenbasis"])
         if group["compat"] == "official" and transform != "fft":
             kind, transform = ("dct3" if layout.right or self.transposed_left else "dct"), "matmul"
         name = (kind, layout.width, compute_dtype(parameter.dtype), local(parameter).device, transform, group["seed"])

@@ -17,7 +17,7 @@ from torch import nn
 from core.checkpoint import flatten_optimizer, unflatten_optimizer
 from tests.unit.trainers.optim.oracles import bases, dct_adamw
 from tests.unit.trainers.optim.projected_helpers import SHAPES, STEPS, follow, gradients, matrices, nbytes, start
-from trainers.optim import DctAdamW
+from trainers.optim import DctAdamW, release_gradients
 from trainers.optim.bases import build
 
 BASES: dict[str, Any] = {
@@ -327,6 +327,26 @@ def test_a_copy_goes_on_like_the_original() -> None:
     for parameter, own in ((weight, optimizer), (copied, other)):
         follow(own, [{parameter: gradients((20, 12))[0]}])
     assert torch.equal(weight, copied)
+
+
+def test_steps_inside_the_backward_pass_too() -> None:
+    def train(released: bool, **settings: Any) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 6))
+        optimizer = DctAdamW(model.parameters(), rank=4, feedback="8bit", **settings)
+        if released:
+            release_gradients(optimizer)
+        for step in range(5):
+            rows = torch.randn(9, 12, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            model(rows).square().mean().backward()
+            optimizer.step()
+        return model
+
+    for one, other in zip(train(False).parameters(), train(True).parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="a learned basis needs the gradients of all layers of a type"):
+        train(True, basis="learned")
 
 
 @pytest.mark.parametrize(
