@@ -62,9 +62,7 @@ def main() -> int:
         assert options.digest == corpus.digest, "the text or its tokens changed while the study ran"
         print(json.dumps(do(options.one, corpus, size).as_json()))
         return 0
-    record = Record(
-        options.work, {"size": asdict(size), "data": corpus.digest, "autocast": "bfloat16", "torch": torch.__version__}
-    )
+    record = Record(options.work, {"size": asdict(size), "data": corpus.digest, "torch": torch.__version__})
     arguments = command.passed_on(options, size.steps, corpus.digest)
     done, failed = study(PLAN, record, f"benchmarks.{NAME}", arguments, workers=options.workers, hours=options.hours)
     if record.foreign:
