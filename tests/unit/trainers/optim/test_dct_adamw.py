@@ -94,6 +94,19 @@ def test_equals_the_oracle(variant: str, shape: tuple[int, ...]) -> None:
             assert changes, "the choice never changed: this would test no rotation"
 
 
+@pytest.mark.parametrize("shape", [(70, 20), (20, 70)])
+@pytest.mark.parametrize("variant", ["plain", "fft l2 gap", "feedback 8", "feedback 4", "identity", "identity gap"])
+def test_equals_the_oracle_in_several_tiles(
+    variant: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A tile is 16 rows then: five tiles, the last one short. The way back is by FFT whatever the rank.
+    monkeypatch.setattr("trainers.optim.transform._TILE", 1)
+    monkeypatch.setattr("trainers.optim.transform._INVERSE_FROM", {("cpu", torch.float64): 1})
+    weight, _ = _run(shape, **VARIANTS[variant])
+    wanted, _ = _oracle(shape, **VARIANTS[variant])
+    assert np.abs(weight.detach().numpy() - wanted).max() <= 1e-9
+
+
 @pytest.mark.parametrize("shape", list(SHAPES.values())[:3], ids=list(SHAPES)[:3])
 @pytest.mark.parametrize("variant", ["plain", "fft l2 gap", "feedback", "feedback 8", "ages", "identity"])
 def test_float32_follows_given_the_same_choices(
