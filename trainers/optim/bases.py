@@ -23,7 +23,7 @@ from trainers.optim.transform import (
     by_product,
     tiles,
     use_fft,
-    use_inverse_fft,
+    use_fft_for,
 )
 
 Kind = Literal["dct", "random", "hadamard", "identity"]
@@ -174,14 +174,14 @@ class Cosines(Basis):
         return self.table[_phases(self.n, index)]
 
     def subspace(self, index: Tensor) -> Subspace:
-        """As ``Basis.subspace``, leading back by the inverse FFT where that is the faster way."""
-        if use_inverse_fft(index.numel(), self.table.dtype, self.table.device):
+        """As ``Basis.subspace``, there and back by the FFT where that is the faster way."""
+        if use_fft_for(index.numel(), self.table.dtype, self.table.device):
             return CosineSpan(self, index)
         return super().subspace(index)
 
 
 class CosineSpan(Subspace):
-    """The span of r cosines, led back from by the inverse FFT."""
+    """The span of r cosines, there and back by the FFT."""
 
     def __init__(self, basis: Cosines, index: Tensor) -> None:
         """Takes the basis and the vectors' numbers.
@@ -194,7 +194,7 @@ class CosineSpan(Subspace):
 
     def project(self, rows: Rows) -> Tensor:
         """As ``Subspace.project``."""
-        return Subspace(self.basis.vectors(self.index)).project(rows)
+        return self.basis.fft.project(rows, self.index)
 
     def add_to(self, target: Tensor, coordinates: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> None:
         """As ``Subspace.add_to``."""

@@ -55,8 +55,8 @@ def orthogonalize(
         return orthogonalize(matrix.mT, coefficients, dtype=dtype).mT
     if dtype == torch.bfloat16:
         return _direct(matrix.to(dtype), coefficients).to(matrix.dtype)
-    # Of nearly square matrices the small products are no smaller, and float64 makes them dearer.
-    tall = matrix.shape[0] >= 4 * matrix.shape[1]
+    # The small products are float64: they pay from about eight times as many rows as columns on.
+    tall = matrix.shape[0] >= 8 * matrix.shape[1]
     return _by_gram(matrix, coefficients, lambda gram: gram) if tall else _direct(matrix, coefficients)
 
 

@@ -31,8 +31,8 @@ _FFT_FROM = {
     ("cuda", torch.float32): 4096,
     ("cuda", torch.float64): 4096,
 }
-# From which r on the way back from r cosines is an inverse FFT: its cost does not depend on r, a product does.
-_INVERSE_FROM = {("cpu", torch.float32): 160, ("cpu", torch.float64): 160}
+# From which r on the way to and from r cosines is an FFT: its cost does not depend on r, that of a product does.
+_SPAN_FROM = {("cpu", torch.float32): 160, ("cpu", torch.float64): 160}
 _TILE = 1 << 19
 """Elements of a tile: 2 MiB of float32. Smaller ones wake the threads more often, larger ones leave the cache."""
 
@@ -89,8 +89,8 @@ def use_fft(n: int, dtype: torch.dtype, device: torch.device) -> bool:
     return n >= _FFT_FROM.get((kind, dtype), 1 << 62)
 
 
-def use_inverse_fft(rank: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the way back from cosines takes the FFT, where the way there does: a pure function too.
+def use_fft_for(rank: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the way to and from r cosines takes the FFT, where that to all of them does: a pure function too.
 
     Args:
         rank: Basis vectors kept.
@@ -98,10 +98,10 @@ def use_inverse_fft(rank: int, dtype: torch.dtype, device: torch.device) -> bool
         device: Where; the meta device counts as a CPU.
 
     Returns:
-        True for the inverse FFT, False for the matrix product.
+        True for the FFT, False for the matrix product.
     """
     kind = "cpu" if device.type == "meta" else device.type
-    return rank >= _INVERSE_FROM.get((kind, dtype), 1 << 62)
+    return rank >= _SPAN_FROM.get((kind, dtype), 1 << 62)
 
 
 def plain_rows(matrix: Tensor, dtype: torch.dtype) -> Rows:
@@ -210,6 +210,24 @@ class CosineFft:
             torch.mul(torch.fft.rfft(reordered), self.twiddle, out=values[start:stop])
             add_scores(scores, flat[start:stop], norm)
         return Spectrum(flat, scores[self.position], self.position, self.sign)
+
+    def project(self, rows: Rows, index: Tensor) -> Tensor:
+        """Coordinates along some basis vectors only: those that ``spectrum`` would give, without holding the others.
+
+        Args:
+            rows: (rows, n).
+            index: (r,) whole numbers in [0, n).
+
+        Returns:
+            (rows, r), a new tensor.
+        """
+        position, sign = self.position[index], self.sign[index]
+        found = sign.new_empty(rows.height, index.numel())
+        for start, stop in tiles(rows.height, self.n):
+            part = torch.fft.rfft(_permuted(rows.read(start, stop), self.order)).mul_(self.twiddle)
+            flat = torch.view_as_real(part).view(stop - start, -1)
+            torch.mul(flat.index_select(1, position), sign, out=found[start:stop])
+        return found
 
     def add_to(self, target: Tensor, coordinates: Tensor, index: Tensor, *, alpha: float, beta: float) -> None:
         """Adds rows with given coordinates along some basis vectors and none along the others: the inverse transform.

@@ -10,7 +10,7 @@ import torch
 from tests.unit.trainers.optim.oracles import bases as oracle
 from trainers.optim import bases
 from trainers.optim.bases import build, get_basis
-from trainers.optim.transform import plain_rows, tiles, use_fft, use_inverse_fft
+from trainers.optim.transform import plain_rows, tiles, use_fft, use_fft_for
 
 CPU = torch.device("cpu")
 SIZES = (1, 2, 3, 7, 8, 12, 49, 64, 129, 192, 576)
@@ -153,9 +153,9 @@ def test_the_choice_of_transform_is_a_pure_function() -> None:
     assert not use_fft(16, torch.float32, CPU)
     assert not use_fft(2048, torch.float32, torch.device("cuda"))
     assert not use_fft(8192, torch.float32, torch.device("xpu")), "an unmeasured device multiplies"
-    assert use_inverse_fft(256, torch.float32, CPU)
-    assert not use_inverse_fft(64, torch.float32, CPU)
-    assert not use_inverse_fft(4096, torch.float32, torch.device("cuda"))
+    assert use_fft_for(256, torch.float32, CPU)
+    assert not use_fft_for(64, torch.float32, CPU)
+    assert not use_fft_for(4096, torch.float32, torch.device("cuda"))
 
 
 def test_tiles_cover_every_row_once() -> None:

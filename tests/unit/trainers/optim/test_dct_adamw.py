@@ -101,7 +101,7 @@ def test_equals_the_oracle_in_several_tiles(
 ) -> None:
     # A tile is 16 rows then: five tiles, the last one short. The way back is by FFT whatever the rank.
     monkeypatch.setattr("trainers.optim.transform._TILE", 1)
-    monkeypatch.setattr("trainers.optim.transform._INVERSE_FROM", {("cpu", torch.float64): 1})
+    monkeypatch.setattr("trainers.optim.transform._SPAN_FROM", {("cpu", torch.float64): 1})
     weight, _ = _run(shape, **VARIANTS[variant])
     wanted, _ = _oracle(shape, **VARIANTS[variant])
     assert np.abs(weight.detach().numpy() - wanted).max() <= 1e-9
