@@ -8,7 +8,7 @@ of changes is made: signs everywhere, then over them what the moments make of th
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,7 @@ from trainers.optim.rules import Age, Free, Rule, add_
 from trainers.optim.tensors import compute_dtype, round_to
 
 TILE = 1 << 20
-"""Elements of a tile on a CPU; measured fastest of 2**14 to 2**20 on a 4096 x 4096 matrix."""
+"""Elements of a tile on a CPU: of 2**16 to 2**21 the fastest at 11008 x 4096, where a step's calls cost as memory does."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Columns:
     """(k,) int64, ascending, on the matrix's device."""
     block: int = 1
     """The columns come in whole, aligned blocks of this width."""
-    runs: list[tuple[int, int, int]] = field(default_factory=list)
+    runs: dict[tuple[int, int, int], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    tiles: dict[int, list[Piece]] = field(default_factory=dict)
 
     def state_shape(self) -> tuple[int, ...]:
         """(m, k)."""
@@ -51,11 +52,13 @@ class Columns:
         """The matrix as ``pieces`` cuts it."""
         return x
 
-    def pieces(self, size: int) -> Iterator[Piece]:
+    def pieces(self, size: int) -> Iterable[Piece]:
         """Tiles of whole rows, of about ``size`` elements each."""
-        index = self.index[:: self.block] // self.block
-        for start, stop in _ranges(self.shape[0], max(1, size // max(1, self.shape[1]))):
-            yield Piece(slice(start, stop), slice(start, stop), index)
+        if size not in self.tiles:
+            index = self.index[:: self.block] // self.block
+            spans = [slice(*span) for span in _ranges(self.shape[0], max(1, size // max(1, self.shape[1])))]
+            self.tiles[size] = [Piece(span, span, index) for span in spans]
+        return self.tiles[size]
 
     def take(self, x: Tensor, piece: Piece, out: Tensor) -> None:
         """Copies the chosen part of a tile."""
@@ -70,10 +73,15 @@ class Columns:
         if self.block == 1 or x.device.type != "cpu":
             x.scatter_(1, self.index.expand(x.shape[0], -1), part)
             return
-        if not self.runs:
-            self.runs.extend(_runs(self.index[:: self.block].tolist(), self.block))
-        for start, stop, slot in self.runs:
-            x[:, start:stop] = part[:, slot : slot + stop - start]
+        # Both are views of buffers that all tiles share, so the views of their runs are made once.
+        place = (x.data_ptr(), part.data_ptr(), x.shape[0])
+        if place not in self.runs:
+            if len(self.runs) > 1:  # A full tile and the last one.
+                self.runs.clear()
+            joined = _runs(self.index[:: self.block].tolist(), self.block)
+            self.runs[place] = [(x[:, a:b], part[:, slot : slot + b - a]) for a, b, slot in joined]
+        for target, source in self.runs[place]:
+            target.copy_(source)
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ class Rows:
     shape: tuple[int, int]
     index: Tensor
     """(k,) int64, ascending, on the matrix's device."""
-    listed: list[int] = field(default_factory=list)
+    tiles: dict[int, list[Piece]] = field(default_factory=dict)
 
     def state_shape(self) -> tuple[int, ...]:
         """(k, n)."""
@@ -93,13 +101,15 @@ class Rows:
         """The matrix as ``pieces`` cuts it."""
         return x
 
-    def pieces(self, size: int) -> Iterator[Piece]:
+    def pieces(self, size: int) -> Iterable[Piece]:
         """Tiles of whole rows, of about ``size`` elements each."""
-        if not self.listed:
-            self.listed.extend(self.index.tolist())
-        for start, stop in _ranges(self.shape[0], max(1, size // max(1, self.shape[1]))):
-            slots = slice(bisect_left(self.listed, start), bisect_left(self.listed, stop))
-            yield Piece(slice(start, stop), slots, self.index[slots] - start)
+        if size not in self.tiles:
+            listed = self.index.tolist()
+            self.tiles[size] = []
+            for start, stop in _ranges(self.shape[0], max(1, size // max(1, self.shape[1]))):
+                slots = slice(bisect_left(listed, start), bisect_left(listed, stop))
+                self.tiles[size].append(Piece(slice(start, stop), slots, self.index[slots] - start))
+        return self.tiles[size]
 
     def take(self, x: Tensor, piece: Piece, out: Tensor) -> None:
         """Copies the chosen part of a tile."""
@@ -131,8 +141,8 @@ class Scattered:
         """The matrix as ``pieces`` cuts it."""
         return x.view(-1)
 
-    def pieces(self, size: int) -> Iterator[Piece]:
-        """Tiles of ``size`` elements."""
+    def pieces(self, size: int) -> Iterable[Piece]:
+        """Tiles of ``size`` elements; made anew each time, as a list of them would be a list of all elements."""
         begun = 0
         for start, stop in _ranges(self.shape[0] * self.shape[1], size):
             mixed = keyed.noise(start, stop, self.key)
@@ -161,24 +171,23 @@ class Scratch:
         """Starts empty."""
         self.buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
-    def get(self, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor with arbitrary contents, shared by all who ask for the name.
+    def get(self, name: str, size: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A flat tensor with arbitrary contents, shared by all who ask for the name.
 
         Args:
             name: Two buffers in use at once need two names.
-            shape: Wanted shape.
+            size: Elements.
             like: Gives the device.
             dtype: Wanted type.
 
         Returns:
             A view of the buffer.
         """
-        size = torch.Size(shape).numel()
         place = (name, dtype, like.device)
         buffer = self.buffers.get(place)
         if buffer is None or buffer.numel() < size:
             buffer = self.buffers[place] = torch.empty(size, dtype=dtype, device=like.device)
-        return buffer[:size].view(torch.Size(shape))
+        return buffer[:size]
 
 
 @dataclass(frozen=True)
@@ -215,28 +224,34 @@ def sweep(p: Tensor, g: Tensor, chosen: Chosen | None, moments: Sequence[Tensor]
     dtype = compute_dtype(p.dtype)
     size = TILE if p.device.type == "cpu" else max(1, p.numel())
     weights, gradient = (p.view(-1), g.view(-1)) if chosen is None else (chosen.flat(p), chosen.flat(g))
-    nothing = torch.empty(0, dtype=torch.int64)
-    whole = (Piece(slice(a, b), slice(0, 0), nothing) for a, b in _ranges(p.numel(), size))
-    one_pass = turn.free != "none" and turn.free_rate > 0 and not turn.plain and p.device.type == "cpu"
     # In one pass the tile of changes is in units of the rate without state, with its sign turned.
+    one_pass = turn.free != "none" and turn.free_rate > 1e-6 * turn.rate and not turn.plain and p.device.type == "cpu"
     unit = -turn.free_rate if one_pass else 1.0
-    for piece in whole if chosen is None else chosen.pieces(size):
-        target = weights[piece.span]
-        w, d = _as(target, "weights", dtype, scratch), _as(gradient[piece.span], "gradient", dtype, scratch)
-        change = scratch.get("change", d.shape, d, dtype)
+    room = min(p.numel(), max(size, p.shape[-1] if p.dim() else 1))
+    changes, gathered, updates = (scratch.get(name, room, p, dtype) for name in ("changes", "gathered", "updates"))
+    for piece in _whole(p.numel(), size) if chosen is None else chosen.pieces(size):
+        target, d = weights[piece.span], gradient[piece.span]
+        w = target if target.dtype == dtype else scratch.get("weights", room, p, dtype)[: d.numel()].view(d.shape)
+        if w is not target:
+            w.copy_(target)
+        if d.dtype != dtype:
+            d = scratch.get("gradient", room, p, dtype)[: d.numel()].view(d.shape).copy_(d)
+        change = changes[: d.numel()].view(d.shape)
         if turn.free == "sign":
             torch.sign(d, out=change)
-        else:
+        elif turn.free == "sgd":
             change.copy_(d)
+        else:
+            change.zero_()
         if not one_pass:
-            change.mul_(-turn.free_rate if turn.free != "none" else 0.0)
+            change.mul_(-turn.free_rate)
         if chosen is not None:
             parts = [moment[piece.slots] for moment in moments]
-            part = scratch.get("part", parts[0].shape, d, dtype)
-            update = scratch.get("update", parts[0].shape, d, dtype)
+            shape, count = parts[0].shape, parts[0].numel()
+            part, update = gathered[:count].view(shape), updates[:count].view(shape)
             chosen.take(d, piece, part)
-            turn.rule.delta_into(update, part, parts, _aged(turn.age, chosen, piece), turn.rate / abs(unit))
-            chosen.put(change, piece, update if unit > 0 else update.neg_())
+            turn.rule.delta_into(update, part, parts, _aged(turn.age, chosen, piece), turn.rate / unit)
+            chosen.put(change, piece, update)
         if one_pass:
             add_(w, change, turn.free_rate, turn.decay)
         else:
@@ -279,8 +294,11 @@ def _ranges(total: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, min(total, start + size)
 
 
-def _as(tile: Tensor, name: str, dtype: torch.dtype, scratch: Scratch) -> Tensor:
-    return tile if tile.dtype == dtype else scratch.get(name, tile.shape, tile, dtype).copy_(tile)
+def _whole(total: int, size: int) -> Iterator[Piece]:
+    """Tiles of a tensor no part of which is chosen."""
+    nothing = torch.empty(0, dtype=torch.int64)
+    for start, stop in _ranges(total, size):
+        yield Piece(slice(start, stop), slice(0, 0), nothing)
 
 
 def _runs(starts: list[int], width: int) -> list[tuple[int, int, int]]:

@@ -7,7 +7,6 @@ With G the gradient, D the projection down to the part that has state and U back
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -120,12 +119,7 @@ class Frugal(LowMemoryOptimizer):
         super().add_param_group(param_group)
         self._forget()
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restores what ``state_dict`` gave, bit for bit."""
-        super().load_state_dict(state_dict)
-        self._forget()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:  # Loading a state goes through here too.
         super().__setstate__(state)
         self._forget()
 
@@ -197,7 +191,7 @@ class Frugal(LowMemoryOptimizer):
         def total(value: Tensor) -> Tensor:
             return sum_over_shards(parameter, value)
 
-        turns = [replace(turn, part=part) for part in range(stack[0])]
+        turns = [replace(turn, part=part) if part else turn for part in range(stack[0])]
         if turn.due:
             made = [split.refresh(*pairs[i], own(i), turns[i], group, total) for i in range(stack[0])]
             for name in [name for name in state if name not in CLOCK]:

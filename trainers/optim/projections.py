@@ -206,7 +206,7 @@ class Projections:
             age = turn.age if group["state"] == "reset" else turn.step
             change = basis.up(rule.delta(low, moments, age, rate))
             compact.write(state, rule.moments(), moments, lambda: turn.generator(CODES, p.device))
-            if basis.whole():
+            if basis.whole() and group["compat"] != "official":
                 free = "none"
             residual = g - basis.up(low) if free != "none" else g
         else:

@@ -36,7 +36,7 @@ class Rule(ABC):
             g: Gradient, of the moments' shape and dtype; not changed.
             moments: In the order of ``moments()``.
             age: Steps since the moments began.
-            rate: Learning rate.
+            rate: Learning rate; a negative one turns the update.
 
         Returns:
             The update, to be added.

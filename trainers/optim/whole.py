@@ -44,9 +44,9 @@ def sweep_all(
         span = slice(start, start + size)
         w, d = weights[span], gradient[span]
         if w.dtype != dtype:
-            w = scratch.get("weights", w.shape, w, dtype).copy_(w)
+            w = scratch.get("weights", w.numel(), w, dtype).copy_(w)
         if d.dtype != dtype:
-            d = scratch.get("gradient", d.shape, d, dtype).copy_(d)
+            d = scratch.get("gradient", d.numel(), d, dtype).copy_(d)
         rule.apply(w, d, [moment[span] for moment in state], age, rate, decay)
         if w.dtype != weights.dtype:
             round_to(weights[span], w, generator)

@@ -268,3 +268,22 @@ def test_a_mirror_of_an_odd_number_is_refused() -> None:
     w, gradients = problem((4, 4), 1)
     with pytest.raises(ValueError, match="change density so that it is even"):
         run(lambda ps: Frugal(ps, split="block", order="mirror", density=0.5), [w] * 6, [[gradients[0]] * 6])
+
+
+def test_among_equal_columns_the_first_are_chosen() -> None:
+    p = torch.nn.Parameter(torch.zeros(4, 400))
+    p.grad = torch.ones_like(p)
+    optimizer = Frugal([p], select="top", density=0.1)
+    optimizer.step()
+    assert optimizer.state[p]["indices"].tolist() == list(range(40))
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (4, 6), (2, 4, 6), (4, 3, 3, 3), (0, 4), (4, 0)], ids=str)
+@pytest.mark.parametrize("split", ["columns", "column_blocks", "rows", "randk", "block", "random"])
+def test_every_shape_can_be_stepped(split: str, shape: tuple[int, ...]) -> None:
+    p = torch.nn.Parameter(torch.ones(shape))
+    p.grad = torch.ones_like(p)
+    optimizer = Frugal([p], split=split)  # type: ignore[arg-type]
+    optimizer.step()
+    optimizer.step()
+    assert (p < 1).all()
