@@ -162,7 +162,7 @@ class Cosines(Basis):
     @property
     def nbytes(self) -> int:
         """Bytes that the basis holds, once for all layers of its size."""
-        held = (self.table, self.fft.twiddle, self.fft.untwiddle, self.fft.position, self.fft.sign)
+        held = (self.table, *self.fft.tensors)
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def spectrum(self, rows: Rows, norm: Norm) -> Spectrum:

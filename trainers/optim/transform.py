@@ -191,6 +191,11 @@ class CosineFft:
         self.position = torch.where(upper, 2 * (n - index) + 1, 2 * index).to(device)
         self.sign = torch.where(upper, -1.0, 1.0).to(dtype).to(device)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it holds."""
+        return self.twiddle, self.untwiddle, self.position, self.sign, self.order, self.back
+
     def spectrum(self, rows: Rows, norm: Norm) -> Spectrum:
         """Coordinates of all rows and their scores.
 
