@@ -22,6 +22,8 @@ from trainers.registry import METHODS
 ROOT = Path(__file__).parents[3]
 DATA = ROOT / "configs" / "debug" / "data" / "harbour.jsonl"
 SPLITS = [(8, 1), (1, 8), (2, 4), (3, 3)]
+# torch's Muon iterates in bfloat16, where the gradient's last bits decide how numbers round: losses drift more.
+COARSE = {"muon": 4}
 # Singular vectors with nearly equal values turn by more than the gradient's last bits.
 TURNED = {"galore": 1e-5}
 
@@ -41,9 +43,8 @@ def test_one_by_eight_is_eight_by_one(name: str, train: Any, tmp_path: Path) -> 
     assert other == pytest.approx(one, rel=1e-6)
     one, other = (result.losses for result in results)
     difference = _relative(other, one)
-    assert max(map(abs, difference)) <= 1e-5
-    # torch's Muon iterates in bfloat16, which makes the gradient's last bits larger.
-    assert abs(sum(difference)) / len(difference) <= {"muon": 6e-6}.get(name, 2e-6)
+    assert max(map(abs, difference)) <= COARSE.get(name, 1) * 1e-5
+    assert abs(sum(difference)) / len(difference) <= COARSE.get(name, 1) * 2e-6
 
 
 def test_the_gradient_of_a_step_does_not_depend_on_the_split(tiny_llama: Path) -> None:
@@ -112,8 +113,8 @@ def test_two_processes_are_one_with_the_same_global_batch(name: str, train: Any,
     assert two.of_kind("message")[0]["processes"] == 2
     difference = _relative(two.losses, alone.losses)
     assert len(difference) == 20
-    assert max(map(abs, difference)) <= 1e-5
-    assert abs(sum(difference)) / 20 <= 2e-6
+    assert max(map(abs, difference)) <= COARSE.get(name, 1) * 1e-5
+    assert abs(sum(difference)) / 20 <= COARSE.get(name, 1) * 2e-6
 
     def moment(output: Path) -> torch.Tensor:
         tensors = checkpoint.load(output / "checkpoints" / "step-00000001").tensors
