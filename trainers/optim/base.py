@@ -86,7 +86,7 @@ class LowMemoryOptimizer(torch.optim.Optimizer, ABC):
         for number, parameter in zip(saved, own, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
                 if isinstance(value, Tensor):
-                    device = value.device if value.dim() == 0 else parameter.device
+                    device = torch.device("cpu") if value.dim() == 0 else parameter.device
                     value = value.detach().to(device, copy=True)
                 self.state[parameter][name] = value
 
