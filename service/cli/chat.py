@@ -19,7 +19,7 @@ def parse_vector(text: str) -> dict[str, Any]:
     """``ID:STRENGTH[:LAYERS]`` as one entry of the wire's steering object; layers are ``12,13`` or ``4-7``."""
     pieces = text.split(":")
     if len(pieces) not in {2, 3} or not pieces[0]:
-        raise UsageProblem(f"--vector {text!r}: write ID:STRENGTH or ID:STRENGTH:LAYERS, like vec_abc:4.0:12,13.")
+        raise UsageProblem(f"--vector {text!r}: write ID:STRENGTH or ID:STRENGTH:LAYERS, like vec_abc:1.5:16.")
     try:
         term: dict[str, Any] = {"id": pieces[0], "strength": float(pieces[1])}
         if len(pieces) == 3:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import psutil
 
 from core.home import home
-from service.cli.neighbour import holder, is_ours
+from service.cli.neighbour import holder, is_ours, other_folder
 
 Level = Literal["ok", "warn", "fail"]
 GIB = 1 << 30
@@ -157,6 +157,12 @@ def port() -> Check:
             probe.bind(("127.0.0.1", number))
         except OSError as error:
             if is_ours("127.0.0.1", number):
+                elsewhere = other_folder("127.0.0.1", number, home())
+                if elsewhere is not None:
+                    found = (
+                        f"{number}: the server of another data folder answers there; commands would get no key for it"
+                    )
+                    return Check("port", "warn", found, elsewhere)
                 return Check("port", "ok", f"{number}: a Gradhelm server answers there")
             advice = "No Gradhelm server answers there: start yours with --port 0."
             return Check("port", "warn", f"{number}: {error.strerror}", advice)

@@ -13,7 +13,7 @@ from urllib.parse import quote, urlsplit
 import httpx
 
 from core.home import home
-from service.cli import sse
+from service.cli import neighbour, sse
 from service.cli.errors import CliError, ServerGone, ServerRefused, UsageProblem
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -226,6 +226,19 @@ class Client:
             )
         return ServerGone(f"The connection to {self.url} broke ({type(error).__name__}).\nTry again.")
 
+    def _about_key(self) -> str:
+        """Why the key was refused. Nobody is sent to make keys in a folder that the server does not use."""
+        have = "The key that was sent is not valid here" if self.key else "No key was sent"
+        parts = urlsplit(self.url)
+        host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+        if host not in LOOPBACK:
+            where = "on the server's machine make one with `gradhelm keys create`"
+            return f"{have}: {where}, then give it here as --key or GRADHELM_API_KEY."
+        elsewhere = neighbour.other_folder(host, port, home())
+        if elsewhere is not None:
+            return f"{have}. {elsewhere}"
+        return f"{have}: make one with `gradhelm keys create`, then give it as --key or GRADHELM_API_KEY."
+
     def _refused(self, response: httpx.Response) -> ServerRefused:
         try:
             detail = response.json()["error"]
@@ -237,8 +250,7 @@ class Client:
         if code:
             message += f" [{code}]"
         if response.status_code == 401:
-            have = "The key that was sent is not valid here" if self.key else "No key was sent"
-            message += f"\n{have}: make one with `gradhelm keys create`, then give it as --key or GRADHELM_API_KEY."
+            message += f"\n{self._about_key()}"
         wait = response.headers.get("Retry-After", "")
         retry_after = float(wait) if wait.replace(".", "", 1).isdigit() else None
         if retry_after is not None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
 from core.home import home
+from service.cli import neighbour
 from service.cli.errors import CliError, UsageProblem
-from service.cli.options import AsJson
+from service.cli.options import DEFAULT_URL, AsJson
 from service.cli.output import emit, note, table
 
 if TYPE_CHECKING:
@@ -54,6 +57,23 @@ def database() -> Iterator[Engine]:
         ) from error
 
 
+def absent() -> bool:
+    """Whether there is no database to look into: one is made by a start and by `keys create`, never by a look."""
+    from service.settings import load_settings
+
+    settings = load_settings()
+    return settings.database_url is None and not (settings.home / "gradhelm.db").exists()
+
+
+def warn_of_another_folder() -> None:
+    """Say so when the server that the other commands would talk to does not use this data folder."""
+    parts = urlsplit(os.environ.get("GRADHELM_URL") or DEFAULT_URL)
+    if parts.hostname in {"127.0.0.1", "localhost", "::1"}:
+        elsewhere = neighbour.other_folder(parts.hostname, parts.port or 80, home())
+        if elsewhere is not None:
+            note(f"warning: that server will not take this key. {elsewhere}")
+
+
 @app.command("create")
 def create(
     name: Annotated[str, typer.Option("--name", help="Whom or what it is for.")] = "made by gradhelm keys",
@@ -75,12 +95,14 @@ def create(
             row, secret = keys.create(engine, name, scope or ["read", "jobs", "generate"], expires_at=expires_at)
         except ValueError as error:
             raise UsageProblem(str(error)) from error
-        shown = _shown(row)
+        shown, where = _shown(row), _place(engine)
     if as_json:
         emit({**shown, "key": secret})
     else:
         print(secret)
+        note(f"made in {where}, for the server on it")
         note(f"{shown['id']}: keep it safe, it is not shown again; `gradhelm keys revoke {shown['id']}` ends it")
+    warn_of_another_folder()
 
 
 @app.command("list")
@@ -88,12 +110,18 @@ def list_keys(as_json: AsJson = False) -> None:
     """List keys, never the secret itself."""
     from service.security import keys
 
+    if absent():
+        if as_json:
+            emit([])
+        note(f"No keys in {home()}, which holds no database yet: `gradhelm keys create --name NAME`.")
+        return
     with database() as engine:
+        where = _place(engine)
         rows = [_shown(row) for row in keys.listed(engine)]
     if as_json:
         emit(rows)
     else:
-        table(rows, COLUMNS, empty="No keys yet: `gradhelm keys create --name NAME`.")
+        table(rows, COLUMNS, empty=f"No keys in {where} yet: `gradhelm keys create --name NAME`.")
 
 
 @app.command("revoke")
@@ -104,13 +132,21 @@ def revoke(
     """End a key at once, on a running server too."""
     from service.security import keys
 
+    missing = f"No key {key_id!r} that still works in {home()}: `gradhelm keys list` shows what there is."
+    if absent():
+        raise CliError(missing)
     with database() as engine:
         if not keys.revoke(engine, key_id):
-            raise CliError(f"No key {key_id!r} that still works: `gradhelm keys list` shows what there is.")
+            raise CliError(missing)
     if as_json:
         emit({"id": key_id, "revoked": True})
     else:
         note(f"revoked {key_id}")
+
+
+def _place(engine: Engine) -> str:
+    """Where keys are: the data folder's database, or that of GRADHELM_DATABASE_URL without its password."""
+    return str(engine.url.database) if engine.url.get_backend_name() == "sqlite" else str(engine.url)
 
 
 def _shown(row: Any) -> dict[str, Any]:

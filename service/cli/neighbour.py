@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import http.client
 import json
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -75,6 +77,66 @@ def listens(pid: int) -> list[tuple[str, int]]:
     except psutil.Error:
         return []
     return [(one.laddr.ip, one.laddr.port) for one in found if one.status == psutil.CONN_LISTEN]
+
+
+def folder_behind(port: int) -> Path | None:
+    """The data folder of the server that listens on a port of this machine, by the lock that it holds open.
+
+    Nothing is asked of the server, which tells nobody where its data are; the system tells of this user's processes.
+
+    Args:
+        port: where it listens.
+
+    Returns:
+        The folder, or None when nothing of ours listens there, or that cannot be seen.
+    """
+    try:
+        sockets = psutil.net_connections("tcp")
+    except (psutil.Error, OSError):
+        return None
+    for pid in {one.pid for one in sockets if one.pid and _listening(one.status, one.laddr, port)}:
+        try:
+            opened = [Path(file.path) for file in psutil.Process(pid).open_files()]
+        except (psutil.Error, OSError):
+            continue
+        for path in opened:
+            if path.name == "server.lock":
+                return path.parent
+    return None
+
+
+def _listening(status: str, address: Sequence[str | int], port: int) -> bool:
+    return status == psutil.CONN_LISTEN and address[1] == port
+
+
+def other_folder(host: str, port: int, home: Path) -> str | None:
+    """What to tell who works in one data folder and talks to the server of another.
+
+    Args:
+        host: loopback address of the server.
+        port: its port.
+        home: the data folder in which commands look for the key, and in which they make keys.
+
+    Returns:
+        Both folders, as far as they can be seen, and what to do; None when there is no Gradhelm server, when the folder
+        is its own, and when that cannot be told (a server in a container).
+    """
+    if not is_ours(host, port):
+        return None
+    theirs = folder_behind(port)
+    if theirs is None:
+        pid = holder(home)
+        places = [] if pid is None else listens(pid)
+        if pid is not None and (not places or any(number == port for _, number in places)):
+            return None
+    elif theirs == home:
+        return None
+    which, named = ("", "FOLDER (`gradhelm serve` printed it)") if theirs is None else (f" ({theirs})", "")
+    return (
+        f"The server at {url(host, port)} uses another data folder{which} than {home}, where this command looks: "
+        f"`export GRADHELM_HOME={named or shlex.quote(str(theirs))}` in this terminal, or pass a key of that server as "
+        "--key."
+    )
 
 
 def about_port(error: OSError, host: str, port: int, home: Path) -> str:

@@ -20,7 +20,12 @@ class VectorUse(Body):
 
     id: Name = Field(description="Id of a vector, `vec_...`.")
     strength: float = Field(
-        1.0, ge=-1e6, le=1e6, description="Plain multiplier on the stored directions; its sign is its direction."
+        1.0,
+        ge=-1e6,
+        le=1e6,
+        description="Plain multiplier on the stored directions; its sign is its direction. Begin near 1.5 on one "
+        "middle layer: far more, or on many layers, makes a model babble.",
+        examples=[1.5],
     )
     layers: (
         Annotated[list[Annotated[int, Field(ge=0, le=10_000), Whole]], Field(min_length=1, max_length=512)] | None

@@ -35,6 +35,10 @@ def test_a_vector_that_is_none_is_wrong_usage(text: str, run: Run) -> None:
     assert run("chat", "--model", "m", "--vector", text, "hello").code == 2
 
 
+def test_the_hint_of_a_vector_is_one_that_steers_and_does_not_babble(run: Run) -> None:
+    assert "vec_abc:1.5:16" in run("chat", "--model", "m", "--vector", "vec_a", "hello").err
+
+
 def test_an_empty_range_of_layers_names_none() -> None:
     with pytest.raises(ValueError, match="name none"):
         parse_layers("5-4")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.unit.service.cli.conftest import Run
@@ -37,6 +39,15 @@ def test_an_unknown_scope_is_wrong_usage(run: Run) -> None:
 
 def test_a_folder_that_cannot_be_used_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADHELM_HOME", "/dev/null/home")
-    result = run("keys", "list")
+    result = run("keys", "create")
     assert result.code == 1
     assert "GRADHELM_HOME" in result.err
+
+
+def test_a_look_makes_no_database(run: Run, tmp_path: Path) -> None:
+    listed = run("keys", "list")
+    assert listed.code == 0 and str(tmp_path / "home") in listed.err
+    assert run("keys", "list", "--json").json == []
+    revoked = run("keys", "revoke", "key_x")
+    assert revoked.code == 1 and str(tmp_path / "home") in revoked.err
+    assert not (tmp_path / "home").exists()

@@ -32,6 +32,16 @@ def held(home: Path) -> Iterator[int]:
     lock.release()
 
 
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Path]:
+    """Another data folder with a blank in its name, served by this process: the scripted server's."""
+    folder = tmp_path / "the other"
+    lock = FolderLock(folder)
+    lock.acquire()
+    yield folder
+    lock.release()
+
+
 def port_of(script: Script) -> int:
     return int(script.url.rpartition(":")[2])
 
@@ -120,9 +130,71 @@ def test_a_folder_in_use_names_the_address_of_its_server(
     assert "another process" in neighbour.about_folder(home, None)
 
 
-def test_the_doctor_knows_our_server(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_doctor_knows_our_server(script: Script, held: int, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADHELM_PORT", str(port_of(script)))
+    monkeypatch.setenv("GRADHELM_HOME", str(home))
     assert checks.port().level == "warn"
     script.on("GET /healthz", OURS)
     finding = checks.port()
     assert finding.level == "ok" and "Gradhelm server" in finding.found
+
+
+KEY = Reply({"error": {"message": "A key.", "code": "invalid_api_key"}}, 401)
+
+
+@pytest.mark.parametrize("key", [[], ["--key", "gh-made-in-the-wrong-folder"]])
+def test_a_refused_key_names_the_folder_that_the_server_uses_instead_of_sending_to_make_keys_here(
+    run: Run, script: Script, elsewhere: Path, home: Path, key: list[str]
+) -> None:
+    script.on("GET /healthz", OURS)
+    script.on("GET /v1/files", KEY)
+    result = run("files", "list", "--url", script.url, *key)
+    assert result.code == 1
+    assert f"{script.url} uses another data folder ({elsewhere}) than {home}" in result.err
+    assert f"export GRADHELM_HOME='{elsewhere}'" in result.err and "--key" in result.err
+    assert "keys create" not in result.err and not home.exists()
+
+
+def test_a_refused_key_of_a_server_whose_folder_cannot_be_seen(
+    run: Run, script: Script, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbour, "folder_behind", lambda _: None)
+    script.on("GET /healthz", OURS)
+    script.on("GET /v1/files", KEY)
+    result = run("files", "list", "--url", script.url)
+    assert f"uses another data folder than {home}" in result.err and "export GRADHELM_HOME=FOLDER" in result.err
+
+
+def test_a_refused_key_of_this_folders_own_server_is_made_here(
+    run: Run, script: Script, held: int, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script.on("GET /healthz", OURS)
+    script.on("GET /v1/files", KEY)
+    assert neighbour.folder_behind(port_of(script)) == home
+    assert "gradhelm keys create" in run("files", "list", "--url", script.url).err
+    monkeypatch.setattr(neighbour, "folder_behind", lambda _: None)
+    assert "gradhelm keys create" in run("files", "list", "--url", script.url).err, "the folder's lock tells it too"
+    monkeypatch.setattr(neighbour, "listens", lambda _: [])
+    assert "gradhelm keys create" in run("files", "list", "--url", script.url).err, "its holder is in a container"
+
+
+def test_a_key_for_another_folder_than_the_servers_is_warned_of(
+    run: Run, script: Script, elsewhere: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script.on("GET /healthz", OURS)
+    monkeypatch.setenv("GRADHELM_URL", script.url)
+    made = run("keys", "create")
+    assert made.code == 0 and f"made in {home / 'gradhelm.db'}" in made.err
+    assert f"uses another data folder ({elsewhere}) than {home}" in made.err
+
+
+def test_the_doctor_connects_a_server_and_its_folder(
+    script: Script, elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADHELM_PORT", str(port_of(script)))
+    monkeypatch.setenv("GRADHELM_HOME", str(tmp_path / "home"))
+    script.on("GET /healthz", OURS)
+    finding = checks.port()
+    assert finding.level == "warn" and f"GRADHELM_HOME='{elsewhere}'" in finding.advice
+    monkeypatch.setenv("GRADHELM_HOME", str(elsewhere))
+    assert checks.port().level == "ok"
