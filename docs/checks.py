@@ -10,6 +10,7 @@ from pathlib import Path
 
 from docs.facts import Facts
 from docs.generate import BLOCK, pages, stale
+from service.settings_errors import OTHER_VARIABLES
 
 MAX_LINES = 500
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -113,10 +114,6 @@ def _gradhelm(match: re.Match[str], commands: Mapping[str, set[str]], groups: se
     for option in re.findall(r"(?<=\s)--?[a-z][\w-]*", match[3]):
         if option not in commands[name] | {"--help"}:
             yield f"`gradhelm {name}` has no option {option}"
-
-
-# Variables that are no settings of the server: the command line's, and the catalog's.
-OTHER_VARIABLES = frozenset({"GRADHELM_URL", "GRADHELM_API_KEY", "GRADHELM_WHEEL_DIR", "GRADHELM_EVAL_DATA"})
 
 
 def unknown_variables(root: Path, facts: Facts) -> Iterator[str]:

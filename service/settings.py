@@ -6,19 +6,22 @@ YAML file that ``gradhelm serve --config`` names; ``configs/service.yaml`` shows
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     YamlConfigSettingsSource,
 )
 
 from core.home import home as default_home
+from service.settings_errors import check_environment, explain
 
 _MIB = 1 << 20
 
@@ -169,10 +172,12 @@ def load_settings(file: Path | None = None) -> Settings:
         The settings.
 
     Raises:
-        ValueError: The file is missing, is not YAML, or holds an unknown key or a value out of range.
+        ValueError: The file is missing or is not YAML; or it, or a ``GRADHELM_`` variable, is no setting, or holds a
+            value out of range.
     """
+    check_environment(Settings, os.environ)
     if file is None:
-        return Settings()
+        return _made(Settings, None)
     if not file.is_file():
         raise ValueError(f"no settings file at {file}")
     try:
@@ -185,4 +190,14 @@ def load_settings(file: Path | None = None) -> Settings:
     class FromFile(Settings):
         model_config = SettingsConfigDict(yaml_file=file)
 
-    return FromFile()
+    return _made(FromFile, file)
+
+
+def _made(settings: type[Settings], file: Path | None) -> Settings:
+    try:
+        return settings()
+    except ValidationError as error:
+        raise ValueError(explain(Settings, error, file)) from None
+    except SettingsError as error:
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise ValueError(f"{error}{cause}; lists and groups are written as JSON in the environment") from None

@@ -7,16 +7,19 @@ request's id and answered with that id only.
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import iter_route_contexts
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from core.nearest import nearest
 from service.db.engine import DatabaseBusy, DatabaseFull
 from service.engines.base import EngineError
 from service.jobs.records import IdempotencyInFlight, IdempotencyMismatch, UnknownJob
@@ -114,7 +117,15 @@ def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = str(error.detail)
     if error.status_code == 404 and message == "Not Found":
-        message = f"No such route: {request.method} {request.url.path[:200]}. GET /openapi.json lists them."
+        path = request.url.path[:200]
+        routes = {
+            (context.path or "").split("/", 3)[2]
+            for context in iter_route_contexts(request.app.routes)
+            if (context.path or "").startswith("/v1/")
+        }
+        meant = path.strip("/").partition("/")[0] in routes
+        under = f" There is /v1{path}: the base URL of a client ends in /v1." if meant else ""
+        message = f"No such route: {request.method} {path}.{under} GET /openapi.json lists them."
     if error.status_code == 405:
         message = f"{request.method} is not allowed on {request.url.path[:200]}."
     code = _HTTP_CODES.get(error.status_code, "invalid_request")
@@ -127,7 +138,33 @@ def path_of(location: Sequence[str | int]) -> str | None:
     return ".".join(parts) or None
 
 
-def _validation_error(_request: Request, error: Exception) -> Response:
+def parameters(request: Request, location: Sequence[str | int]) -> list[str]:
+    """Names that could stand at the end of a location in a request's body, by the route's own model of it.
+
+    Args:
+        request: The request, of a route that was found.
+        location: A validation error's, ``("body", "steering", "vectors", 0, "strenght")``.
+
+    Returns:
+        The names, ``id``, ``strength`` and so on; none where the route has no body.
+    """
+    body_field = getattr(request.scope.get("route"), "body_field", None)
+    found = [] if body_field is None else list(_models(body_field.field_info.annotation))
+    for part in location[1:-1]:
+        fields = [field for model in found for name, field in model.model_fields.items() if part in (name, field.alias)]
+        # What is no field is a place in a list, or names one member of a union.
+        found = [model for field in fields for model in _models(field.annotation)] or found
+    return sorted({field.alias or name for model in found for name, field in model.model_fields.items()})
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models(inner)
+
+
+def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     kind, reason = str(first["type"]), str(first["msg"])
@@ -138,7 +175,11 @@ def _validation_error(_request: Request, error: Exception) -> Response:
     if kind == "missing":
         message = f"Missing required parameter: {param!r}." if param else "A JSON body is required."
     elif kind == "extra_forbidden":
-        message = f"Unsupported parameter: {param!r}. It would have no effect, so it is refused rather than ignored."
+        close = nearest(str(first["loc"][-1]), parameters(request, first["loc"]))
+        meant = "" if close is None else f" Did you mean {close}?"
+        message = (
+            f"Unsupported parameter: {param!r}. It would have no effect, so it is refused rather than ignored.{meant}"
+        )
     else:
         message = f"Invalid value for {param!r}: {reason}." if param else f"Invalid body: {reason}."
     return answer(400, message, code=codes.get(kind, "invalid_value"), param=param)

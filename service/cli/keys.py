@@ -20,6 +20,8 @@ from service.cli.output import emit, note, table
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
+    from service.settings import Settings
+
 app = typer.Typer(help="Make, list and revoke API keys on this machine.", no_args_is_help=True)
 
 COLUMNS = {
@@ -34,14 +36,23 @@ COLUMNS = {
 }
 
 
+def settings_here() -> Settings:
+    """The server's settings as the environment gives them."""
+    from service.settings import load_settings
+
+    try:
+        return load_settings()
+    except ValueError as error:
+        raise UsageProblem(f"The settings are not valid: {error}.") from error
+
+
 @contextmanager
 def database() -> Iterator[Engine]:
     """The job database of this machine, migrated; a server may be running on it."""
     from service.db.engine import DatabaseBusy, connect, migrate
-    from service.settings import load_settings
 
     try:
-        settings = load_settings()
+        settings = settings_here()
         settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
         engine = connect(settings.database)
         try:
@@ -59,9 +70,7 @@ def database() -> Iterator[Engine]:
 
 def absent() -> bool:
     """Whether there is no database to look into: one is made by a start and by `keys create`, never by a look."""
-    from service.settings import load_settings
-
-    settings = load_settings()
+    settings = settings_here()
     return settings.database_url is None and not (settings.home / "gradhelm.db").exists()
 
 

@@ -50,7 +50,7 @@ def serve(
     try:
         settings = load_settings(config)
     except ValueError as error:
-        raise UsageProblem(f"The settings are not valid: {error}") from error
+        raise UsageProblem(f"The settings are not valid: {error}.") from error
     try:
         listener = listen(settings.host, settings.port)
     except OSError as error:

@@ -96,3 +96,36 @@ async def test_a_key_that_may_not_list_learns_of_the_catalog_only(
     message = await ask(client, "ft:tiny-llama:local:tikets:abcd1234", headers=headers)
     assert tuned not in message and all(name in message for name in CATALOG)
     assert "Did you mean tiny-llama? " in await ask(client, "tiny-lama", headers=headers)
+
+
+@pytest.mark.parametrize(
+    ("more", "param", "meant"),
+    [
+        ({"temprature": 1}, "temprature", "temperature"),
+        ({"steering": {"vectors": [{"id": "v", "strenght": 1.5}]}}, "steering.vectors.0.strenght", "strength"),
+        ({"steering": {"vectors": [{"id": "v"}], "preserve_norms": True}}, "steering.preserve_norms", "preserve_norm"),
+        ({"stream": True, "stream_options": {"include_use": True}}, "stream_options.include_use", "include_usage"),
+    ],
+)
+async def test_fields_of_a_body(
+    client: httpx.AsyncClient, base: str, more: dict[str, Any], param: str, meant: str
+) -> None:
+    body = {"model": base, "messages": [{"role": "user", "content": "x"}], **more}
+    answer = await client.post("/v1/chat/completions", json=body)
+    message = said(answer, 400, "unsupported_parameter")
+    assert answer.json()["error"]["param"] == param
+    assert message.endswith(f"Did you mean {meant}?")
+
+
+async def test_a_field_that_is_near_nothing_gets_no_suggestion(client: httpx.AsyncClient, base: str) -> None:
+    body = {"model": base, "messages": [{"role": "user", "content": "x"}], "tools": []}
+    message = said(await client.post("/v1/chat/completions", json=body), 400, "unsupported_parameter")
+    assert "Did you mean" not in message
+
+
+async def test_a_route_without_v1(client: httpx.AsyncClient) -> None:
+    assert "There is /v1/models: the base URL of a client ends in /v1." in said(
+        await client.get("/models"), 404, "not_found"
+    )
+    assert "/v1" not in said(await client.get("/nothing"), 404, "not_found")
+    assert "ends in /v1" not in said(await client.get("/v1/nothing"), 404, "not_found")

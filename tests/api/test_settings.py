@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
+from service import settings_errors
 from service.api.parts import cpu_threads
 from service.settings import Settings, load_settings
+from service.settings_errors import check_environment
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("core", "trainers", "steering", "service", "benchmarks", "demo")
 
 
 def test_the_shipped_file_holds_the_defaults_and_all_of_them() -> None:
@@ -74,3 +80,76 @@ def test_the_home_folder_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     settings = Settings(home=Path("data"))
     assert settings.home == tmp_path / "data" and settings.database == f"sqlite:///{tmp_path / 'data' / 'gradhelm.db'}"
+
+
+@pytest.mark.parametrize(
+    ("variable", "said"),
+    [
+        ("GRADHELM_PORTT", "GRADHELM_PORTT; did you mean GRADHELM_PORT?"),
+        ("GRADHELM_ENGINE__ROW", "GRADHELM_ENGINE__ROW; did you mean GRADHELM_ENGINE__ROWS?"),
+        ("GRADHELM_APIKEY", "did you mean GRADHELM_API_KEY?"),
+        ("GRADHELM_ENGINE__ROWS__X", "unset GRADHELM_ENGINE__ROWS__X"),
+        ("gradhelm_prot", "did you mean GRADHELM_PORT?"),
+    ],
+)
+def test_a_variable_that_nothing_reads_is_an_error(variable: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "9000")
+    with pytest.raises(ValueError, match=r"^nothing reads") as error:
+        load_settings()
+    assert said in str(error.value)
+
+
+def test_a_variable_that_is_near_nothing_gets_no_suggestion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADHELM_QQQQQQ", "1")
+    with pytest.raises(ValueError, match=r"GRADHELM_QQQQQQ; docs/configuration.md"):
+        load_settings()
+
+
+def test_every_variable_that_the_code_reads_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the source names, settings or not."""
+    sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    named = {name for path in sources for name in re.findall(r"\bGRADHELM_[A-Z_]*[A-Z]\b", path.read_text())}
+    assert {"GRADHELM_HOME", "GRADHELM_API_KEY", "GRADHELM_WHEEL_DIR", "GRADHELM_EVAL_DATA", "GRADHELM_JOB_ID"} <= named
+    monkeypatch.setattr("os.environ", {"HOME": "/", **dict.fromkeys(named - {"GRADHELM_PORT"}, "[]")})
+    check_environment(Settings, os.environ)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prot: 1", "{file}: there is no setting prot; did you mean port? These exist: "),
+        (
+            "engine: {row: 1}",
+            "{file}: there is no setting engine.row; did you mean engine.rows? These exist: threads, ",
+        ),
+        ("port: 70000", "{file}: port: input should be less than or equal to 65535, and 70000 is not"),
+        ("engine: 3", "{file}: engine: input should be a valid dictionary"),
+        ("{port: -1, prot: 1}", "; {file}: there is no setting prot"),
+    ],
+)
+def test_a_mistake_in_the_file_is_said_in_words(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError) as error:
+        load_settings(file)
+    assert said.format(file=file) in str(error.value)
+    assert "pydantic" not in str(error.value) and "validation error" not in str(error.value)
+
+
+def test_a_bad_value_of_the_environment_names_its_variable_and_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADHELM_ENGINE__ROWS", "many")
+    with pytest.raises(ValueError, match=r"^GRADHELM_ENGINE__ROWS: .*'many' is not$"):
+        load_settings()
+    monkeypatch.delenv("GRADHELM_ENGINE__ROWS")
+    monkeypatch.setenv("GRADHELM_ALLOWED_HOSTS", "gpu.example.org")
+    with pytest.raises(ValueError, match=r"allowed_hosts.*JSON"):
+        load_settings()
+    monkeypatch.delenv("GRADHELM_ALLOWED_HOSTS")
+
+    class Settled(Settings):
+        database_url: int  # type: ignore[assignment]
+
+    monkeypatch.setenv("GRADHELM_DATABASE_URL", "postgresql://me:secret@host/db")
+    with pytest.raises(ValidationError) as refused:
+        Settled()
+    assert "secret" not in settings_errors.explain(Settings, refused.value, None)

@@ -98,3 +98,9 @@ def test_wrong_settings_are_wrong_usage(run: Run, tmp_path: Path, monkeypatch: p
     result = run("serve", "--config", file)
     assert result.code == 2
     assert "no_such_setting" in result.err
+    file.write_text("prot: 1\n")
+    assert "did you mean port?" in run("serve", "--config", file).err
+    monkeypatch.setenv("GRADHELM_PORTT", "9000")
+    for command in ("serve", "--port", "0"), ("keys", "list"):
+        result = run(*command)
+        assert result.code == 2 and "did you mean GRADHELM_PORT?" in result.err, command
