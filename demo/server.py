@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -34,6 +35,7 @@ class Server:
     def start(cls, home: Path) -> Server:
         """Start ``gradhelm serve --port 0`` on ``home`` and wait until it is ready."""
         log = (home / "server.log").open("a", encoding="utf-8")
+        begin = log.tell()
         process = subprocess.Popen(
             [sys.executable, "-m", "service.cli", "serve", "--port", "0", "--home", str(home)],
             stdout=subprocess.PIPE,
@@ -52,7 +54,9 @@ class Server:
                 url = found.group()
                 break
         if url is None:
-            raise SystemExit(f"The server did not start; {home / 'server.log'} says why.")
+            process.stdout.close()
+            process.wait()
+            raise SystemExit(f"The server did not start: {last_words(home / 'server.log', begin)}")
         # In a session of its own, so that Ctrl-C does not end it before the server has said its last words.
         # The server's log goes on to stdout: let it run into the file instead of a pipe that fills up.
         drain = subprocess.Popen(
@@ -60,17 +64,17 @@ class Server:
         )
         process.stdout.close()
         server = cls(home, process, url, "")
-        server.wait_ready()
+        server.wait_ready(begin)
         server.key = (home / "admin.key").read_text(encoding="utf-8").strip()
         del drain
         return server
 
-    def wait_ready(self) -> None:
-        """Poll ``/readyz`` until it answers 200."""
+    def wait_ready(self, begin: int) -> None:
+        """Poll ``/readyz`` until it answers 200; ``begin`` is where its part of the log begins."""
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end:
             if self.process.poll() is not None:
-                raise SystemExit(f"The server ended at its start; {self.home / 'server.log'} says why.")
+                raise SystemExit(f"The server ended at its start: {last_words(self.home / 'server.log', begin)}")
             try:
                 if httpx.get(f"{self.url}/readyz", timeout=2).status_code == 200:
                     return
@@ -94,8 +98,50 @@ class Server:
                 self.kill()
 
 
+def last_words(log: Path, begin: int) -> str:
+    """What a server that did not start said last, without its routine lines and tracebacks, and where all of it is.
+
+    Args:
+        log: the server's log.
+        begin: byte at which this server's part begins.
+    """
+    with log.open("rb") as file:
+        file.seek(begin)
+        lines = [line.rstrip() for line in file.read().decode("utf-8", "replace").splitlines()]
+    said: list[str] = []
+    for line in reversed(lines):
+        if len(said) == 3 or line.startswith("Traceback"):
+            break
+        if line and not line.startswith((" ", "{", "usage:")):
+            said.insert(0, line)
+    return "\n".join([*said, f"(all of it: {log})"]) if said else f"it said nothing, see {log}"
+
+
+@contextmanager
+def alone(home: Path) -> Iterator[None]:
+    """Hold the data folder's ``demo.lock`` as long as the demo lives, however it ends: two would kill each other.
+
+    Raises:
+        SystemExit: another demo holds it; the message names its process.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "demo.lock").open("a+", encoding="utf-8") as lock:  # no child inherits it: it ends with this process
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise SystemExit(
+                f"A demo is running on {home} already: process {lock.read().strip() or 'unknown'}. Wait for it, stop "
+                "it with Ctrl-C, or run this one elsewhere: GRADHELM_DEMO_HOME=FOLDER make demo"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
+
+
 def end_leftover(home: Path) -> None:
-    """End the server of an earlier demo that was interrupted, if it still runs."""
+    """End the server of an earlier demo that was interrupted, if it still runs. Only under ``alone``: no demo lives."""
     try:
         record = json.loads((home / "demo.json").read_text(encoding="utf-8"))
         process = psutil.Process(record["pid"])

