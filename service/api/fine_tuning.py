@@ -8,7 +8,7 @@ import re
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request
 from sqlalchemy import Engine as Database
@@ -78,7 +78,7 @@ def wire(job: Job) -> JobObject:
         error=error,
         seed=job.seed,
         suffix=job.suffix,
-        estimated_finish=job.estimated_finish,
+        estimated_finish=job.estimated_finish if job.status == "running" else None,
         metadata={str(key): str(value) for key, value in job.metadata_.items()},
         progress={
             "step": job.step,
@@ -249,8 +249,11 @@ def list_jobs(
     store: Jobs,
     after: Annotated[str | None, Query(max_length=64)] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 20,
+    kind: Annotated[
+        Literal["fine_tuning", "steering_fit", "all"], Query(description="`steering_fit` are the fits of vectors.")
+    ] = "fine_tuning",
 ) -> Listing[JobObject]:
-    """Fine-tuning jobs, newest first."""
+    """Fine-tuning jobs, newest first; with `kind=all` the fits of vectors too, whatever became of them."""
     wanted: dict[str, str] = {}
     for key, value in request.query_params.multi_items():
         if not key.startswith("metadata"):
@@ -259,7 +262,7 @@ def list_jobs(
         if match is None or "\x00" in key + value:
             raise bad_request("Filter by metadata as metadata[key]=value.", param="metadata")
         wanted[match[1]] = value
-    page = store.list(after=known_id(after), limit=limit, metadata=wanted or None, kind="fine_tuning")
+    page = store.list(after=known_id(after), limit=limit, metadata=wanted or None, kind=None if kind == "all" else kind)
     return listing([wire(job) for job in page.data], page.has_more)
 
 

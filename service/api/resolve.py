@@ -162,6 +162,21 @@ def check_base(db: Database, home: Path, name: str) -> None:
     raise bad_request(message, param="model", code="base_model_required")
 
 
+def check_blocks(home: Path, name: str, layers: Sequence[int]) -> None:
+    """Refuse layers that a base model does not have.
+
+    Args:
+        home: The data folder.
+        name: A base model that is here.
+        layers: Block indices, from 0.
+
+    Raises:
+        APIError: 400 naming the first that is out of range.
+    """
+    if layers:
+        _check_range("layers", layers, _blocks(base_directory(name, home)))
+
+
 @lru_cache(maxsize=64)
 def _fingerprint(directory: Path, _changed: int) -> str:
     return fingerprint(directory)
@@ -215,11 +230,15 @@ def _term(index: int, use: VectorUse, row: Vector | None, model: Target) -> Stee
     return SteeringTerm(row.path, use.strength, layers, use.positions)
 
 
-def _check_layers(param: str, asked: Sequence[int], has: Sequence[int], blocks: int | None) -> None:
+def _check_range(param: str, asked: Sequence[int], blocks: int | None) -> None:
     beyond = [layer for layer in asked if blocks is not None and layer >= blocks]
     if beyond:
         message = f"Layer {beyond[0]} is out of range: the model has blocks 0 to {(blocks or 1) - 1}."
-        raise bad_request(message, param=f"{param}.layers", code="steering_layer_out_of_range")
+        raise bad_request(message, param=param, code="steering_layer_out_of_range")
+
+
+def _check_layers(param: str, asked: Sequence[int], has: Sequence[int], blocks: int | None) -> None:
+    _check_range(f"{param}.layers", asked, blocks)
     without = [layer for layer in asked if layer not in has]
     if without:
         message = f"The vector has no direction for layer {without[0]}; it has {list(has)}."

@@ -24,7 +24,7 @@ from service.api.docs import errors_of
 from service.api.errors import APIError, bad_request, not_found
 from service.api.files import body_of, declared_length
 from service.api.fine_tuning import IdempotencyKey, RetryCount, body_hash, check_data, listing, retries, submit
-from service.api.resolve import check_base
+from service.api.resolve import check_base, check_blocks
 from service.api.schemas.common import Deleted
 from service.api.schemas.resources import FitVector, JobError, Listing, VectorObject
 from service.db.engine import read, write
@@ -162,6 +162,7 @@ def fit_vector(
 
     def check() -> NewJob:
         check_base(db, settings.home, wanted.model)
+        check_blocks(settings.home, wanted.model, wanted.layers or ())
         check_data(db, wanted.training_file, "training_file", ("steering", "fine-tune"))
         return new
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
 
 import typer
 from rich.text import Text
@@ -16,6 +18,7 @@ app = typer.Typer(
     help="Fine-tune language models and steer them while they generate.",
     epilog="Exit codes: 0 done, 1 the server or the machine said no, 2 wrong usage, 130 Ctrl-C.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -27,6 +30,24 @@ app.add_typer(jobs.app, name="jobs")
 app.add_typer(vectors.app, name="vectors")
 app.command("chat")(chat.chat)
 app.add_typer(keys.app, name="keys")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        try:
+            print(f"gradhelm {version('gradhelm')}")
+        except PackageNotFoundError:
+            print("gradhelm, a checkout that is not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Options before a command."""
 
 
 def main() -> None:

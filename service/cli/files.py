@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from service.cli.client import Client, segment
-from service.cli.errors import UsageProblem
+from service.cli.errors import CliError, ServerGone, ServerRefused, UsageProblem
 from service.cli.options import DEFAULT_URL, After, AsJson, Key, Limit, Url
 from service.cli.output import emit, fields, note, table
 from service.cli.saving import save_new
@@ -38,6 +40,38 @@ def file_id(client: Client, given: str, purpose: str = "fine-tune") -> str:
     if "/" in given or path.suffix:
         raise UsageProblem(f"There is no file {given} here, and ids of uploaded files look like file-...")
     return given
+
+
+@contextmanager
+def data_files(client: Client, purpose: str = "fine-tune") -> Iterator[Callable[[str], str]]:
+    """``file_id`` for the data of one request: what it uploads is deleted again when the request is refused.
+
+    Nothing is deleted where the server may have taken the request: no answer came, or one of its own failures.
+
+    Args:
+        client: the server.
+        purpose: what the files are for.
+
+    Yields:
+        Callable[[str], str]: from an id or a path to an id.
+    """
+    uploaded: list[str] = []
+
+    def resolve(given: str) -> str:
+        identifier = file_id(client, given, purpose)
+        if identifier != given:
+            uploaded.append(identifier)
+        return identifier
+
+    try:
+        yield resolve
+    except CliError as error:
+        unsure = isinstance(error, ServerGone) or (isinstance(error, ServerRefused) and error.status >= 500)
+        for identifier in () if unsure else uploaded:
+            with suppress(CliError):
+                client.delete(f"/v1/files/{segment(identifier)}")
+                note(f"deleted {identifier} again: the request was refused")
+        raise
 
 
 @app.command("upload")

@@ -97,6 +97,7 @@ class BarView:
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
+            TextColumn("watched for"),
             TimeElapsedColumn(),
             console=out(),
         )

@@ -13,9 +13,10 @@ import typer
 from service.cli import follow as following
 from service.cli.client import Client, segment
 from service.cli.errors import UsageProblem
-from service.cli.files import file_id
+from service.cli.files import data_files
 from service.cli.options import DEFAULT_URL, After, AsJson, Key, Limit, Url
 from service.cli.output import emit, fields, note, table, when
+from service.cli.watching import watch
 
 app = typer.Typer(help="Create, follow and control fine-tuning jobs.", no_args_is_help=True)
 
@@ -102,23 +103,24 @@ def create(
     as_json: AsJson = False,
 ) -> None:
     """Start a job and print its id."""
-    method_settings = hyperparameters(settings)
+    method_settings, notes = hyperparameters(settings), pairs(metadata, "--metadata")
     with Client(url, key) as client:
-        body: dict[str, Any] = {
-            "model": model,
-            "training_file": file_id(client, training_file),
-            "method": {"type": method, method: {"hyperparameters": method_settings}},
-        }
-        optional = {
-            "validation_file": None if validation_file is None else file_id(client, validation_file),
-            "suffix": suffix,
-            "seed": seed,
-            "metadata": pairs(metadata, "--metadata") or None,
-        }
-        body.update({name: value for name, value in optional.items() if value is not None})
-        job = client.post(ROUTE, body, headers={"Idempotency-Key": idempotency_key or str(uuid.uuid4())})
+        with data_files(client) as file_id:
+            body: dict[str, Any] = {
+                "model": model,
+                "training_file": file_id(training_file),
+                "method": {"type": method, method: {"hyperparameters": method_settings}},
+            }
+            optional = {
+                "validation_file": None if validation_file is None else file_id(validation_file),
+                "suffix": suffix,
+                "seed": seed,
+                "metadata": notes or None,
+            }
+            body.update({name: value for name, value in optional.items() if value is not None})
+            job = client.post(ROUTE, body, headers={"Idempotency-Key": idempotency_key or str(uuid.uuid4())})
         if follow:
-            _watch(client, path(job["id"]), as_json, following.RETRY_FOR)
+            watch(client, job["id"], as_json=as_json)
         elif as_json:
             emit(job)
         else:
@@ -134,6 +136,9 @@ def list_jobs(
         list[str] | None,
         typer.Option("--metadata", metavar="NAME=VALUE", help="Only jobs with this note.", show_default=False),
     ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="The jobs that fit vectors too, failed ones among them.")
+    ] = False,
     url: Url = DEFAULT_URL,
     key: Key = None,
     as_json: AsJson = False,
@@ -141,10 +146,11 @@ def list_jobs(
     """List jobs, newest first."""
     wanted = {f"metadata[{name}]": value for name, value in pairs(metadata, "--metadata").items()}
     with Client(url, key) as client:
-        rows = client.list(ROUTE, limit=limit, after=after, **wanted)
+        rows = client.list(ROUTE, limit=limit, after=after, kind="all" if every else None, **wanted)
     if as_json:
         emit(rows)
     else:
+        rows = [{**row, "fine_tuned_model": row.get("fine_tuned_model") or row.get("vector")} for row in rows]
         table(rows, COLUMNS, empty="No jobs yet: `gradhelm jobs create --model MODEL --file PATH`.")
 
 
@@ -168,7 +174,7 @@ def follow(
     Exit code 0 when it succeeded or paused, 1 when it failed or was cancelled. With --json each event is one line.
     """
     with Client(url, key) as client:
-        _watch(client, path(job_id), as_json, retry_for)
+        watch(client, job_id, as_json=as_json, retry_for=retry_for)
 
 
 @app.command("cancel")
@@ -267,10 +273,3 @@ def _show(job: dict[str, Any], as_json: bool) -> None:
         emit(job)
     else:
         fields(job)
-
-
-def _watch(client: Client, route: str, as_json: bool, retry_for: float) -> None:
-    view = following.JsonView() if as_json else following.make_view()
-    job = following.follow(client, route, view, retry_for=retry_for)
-    if job["status"] in following.BAD:
-        raise typer.Exit(1)

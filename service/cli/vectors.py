@@ -8,15 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from service.cli import follow as following
 from service.cli.chat import parse_layers
 from service.cli.client import Client, segment
 from service.cli.errors import UsageProblem
-from service.cli.files import file_id
+from service.cli.files import data_files
 from service.cli.jobs import hyperparameters
 from service.cli.options import DEFAULT_URL, After, AsJson, Key, Limit, Url
 from service.cli.output import emit, fields, note, table
 from service.cli.saving import save_new
+from service.cli.watching import watch
 
 app = typer.Typer(help="Fit steering vectors and look after them.", no_args_is_help=True)
 
@@ -61,14 +61,12 @@ def fit(
         except ValueError as error:
             raise UsageProblem(f"--layers: {error}.") from error
     with Client(url, key) as client:
-        body: dict[str, Any] = {"model": model, "training_file": file_id(client, data, "steering"), "method": method}
-        body.update({field: value for field, value in optional.items() if value is not None})
-        answer = client.post(ROUTE, body, headers={"Idempotency-Key": str(uuid.uuid4())})
+        with data_files(client, "steering") as file_id:
+            body: dict[str, Any] = {"model": model, "training_file": file_id(data), "method": method}
+            body.update({field: value for field, value in optional.items() if value is not None})
+            answer = client.post(ROUTE, body, headers={"Idempotency-Key": str(uuid.uuid4())})
         if follow:
-            view = following.JsonView() if as_json else following.make_view()
-            job = following.follow(client, f"/v1/fine_tuning/jobs/{segment(answer['job_id'])}", view)
-            if job["status"] in following.BAD:
-                raise typer.Exit(1)
+            watch(client, answer["job_id"], as_json=as_json)
         elif as_json:
             emit(answer)
         else:
@@ -97,13 +95,18 @@ def import_vector(
 def list_vectors(
     limit: Limit = 100, after: After = None, url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False
 ) -> None:
-    """List vectors, newest first."""
+    """List vectors, newest first, and fits under way; a fit that failed is in `jobs list --all`."""
     with Client(url, key) as client:
         rows = client.list(ROUTE, limit=limit, after=after)
     if as_json:
         emit(rows)
     else:
-        table(rows, COLUMNS, empty="No vectors yet: `gradhelm vectors fit --model MODEL --file PAIRS`.")
+        table(
+            rows,
+            COLUMNS,
+            empty="No vectors yet: `gradhelm vectors fit --model MODEL --file PAIRS`. Fits that failed: "
+            "`gradhelm jobs list --all`.",
+        )
 
 
 @app.command("get")

@@ -53,8 +53,9 @@ class IllegalTransition(ValueError):
             current: its status now.
             wanted: the status asked for.
         """
-        allowed = ", ".join(sorted(TRANSITIONS[current])) or "nothing: it is over"
-        super().__init__(f"job {job_id} is {current} and cannot become {wanted}; from here it can become {allowed}")
+        allowed = ", ".join(sorted(TRANSITIONS[current]))
+        why = f"; from here it can become {allowed}" if allowed else ": it is over, and its state no longer changes"
+        super().__init__(f"job {job_id} is {current} and cannot become {wanted}{why}")
         self.job_id, self.current, self.wanted = job_id, current, wanted
 
 

@@ -95,3 +95,43 @@ async def test_an_unknown_after_is_named(client: httpx.AsyncClient) -> None:
         assert answer.status_code == 404
         error = answer.json()["error"]
         assert (error["code"], error["param"]) == ("vector_not_found", "after")
+
+
+@pytest.mark.parametrize("layers", [[2], [0, 7]])
+async def test_a_layer_that_the_model_does_not_have_is_refused_at_once(
+    client: httpx.AsyncClient, base: str, layers: list[int]
+) -> None:
+    body = {"model": base, "training_file": "file-none", "layers": layers}
+    answer = await client.post("/v1/steering/vectors", json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "steering_layer_out_of_range", "layers")
+    assert f"Layer {layers[-1]} is out of range: the model has blocks 0 to 1." in error["message"]
+    body["layers"] = [0, 1]
+    assert (await client.post("/v1/steering/vectors", json=body)).json()["error"]["code"] == "file_not_found"
+
+
+async def test_fits_are_in_the_list_of_jobs_for_those_who_ask(app: FastAPI, client: httpx.AsyncClient) -> None:
+    fit, job = put_fit(app, 10), make_job(app.state.store)
+    for query, expected in (({}, [job]), ({"kind": "all"}, [job, fit]), ({"kind": "steering_fit"}, [fit])):
+        answer = await client.get("/v1/fine_tuning/jobs", params=query)
+        assert [one["id"] for one in answer.json()["data"]] == expected
+    assert (await client.get("/v1/fine_tuning/jobs", params={"kind": "both"})).status_code == 400
+
+
+async def test_only_a_running_job_has_an_estimate_of_its_end(app: FastAPI, client: httpx.AsyncClient) -> None:
+    store = app.state.store
+    job = make_job(store)
+    store.transition(job, "validating_files", "queued", values={"estimated_finish": 99})
+    route = f"/v1/fine_tuning/jobs/{job}"
+    assert (await client.get(route)).json()["estimated_finish"] is None
+    claimed = store.claim("test", 60.0)
+    assert (await client.get(route)).json()["estimated_finish"] == 99
+    store.transition(job, "running", "failed", token=claimed.lease_token, values={"error_code": "out_of_memory"})
+    assert (await client.get(route)).json()["estimated_finish"] is None
+
+
+async def test_a_job_that_is_over_is_said_to_be_over(app: FastAPI, client: httpx.AsyncClient) -> None:
+    job = make_job(app.state.store)
+    app.state.store.transition(job, "validating_files", "failed", values={"error_code": "bad_data"})
+    message = (await client.post(f"/v1/fine_tuning/jobs/{job}/resume")).json()["error"]["message"]
+    assert message == f"job {job} is failed and cannot become queued: it is over, and its state no longer changes."

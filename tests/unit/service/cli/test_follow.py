@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -96,3 +97,66 @@ def test_the_bar_shows_loss_and_the_end(capsys: pytest.CaptureFixture[str], monk
     shown = capsys.readouterr().out
     for text in ("3/4", "loss 0.2500", "120 tokens/s", "9 s left", "[look] out", "The server is away.", "ft:x"):
         assert text in shown
+
+
+def test_the_clock_of_the_bar_says_what_it_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    with follow.BarView() as view:
+        view.job({"id": "ftjob-1", "status": "running"})
+    assert "watched for 0:00:00" in capsys.readouterr().out
+
+
+def test_after_a_success_the_next_command_is_told(run: Run, script: Script) -> None:
+    script.on("POST /v1/fine_tuning/jobs", job("queued"))
+    script.on(f"GET {JOB}", job("succeeded", fine_tuned_model="ft:x"))
+    script.on(f"GET {JOB}/events", events(1))
+    create = ("jobs", "create", "--model", "m", "--file", "file-1", "--follow", "--url", script.url)
+    assert 'next: `gradhelm chat --model ft:x "Hello"`' in run(*create).err
+    assert "next:" not in run(*create, "--json").err
+    script.on(f"GET {JOB}", job("failed", fine_tuned_model=None))
+    assert "next:" not in run(*create).err
+
+
+@pytest.mark.parametrize(("layers", "named"), [(list(range(30)), ":16"), ([0, 1], ":1"), ([7], ":7"), (None, "")])
+def test_after_a_fit_the_next_command_steers_on_one_layer(
+    run: Run, script: Script, layers: list[int] | None, named: str
+) -> None:
+    script.on("POST /v1/steering/vectors", Reply({"id": "vec_1", "job_id": "ftjob-1"}))
+    script.on(f"GET {JOB}", job("succeeded", vector="vec_1", model="base"))
+    script.on(f"GET {JOB}/events", events(1))
+    if layers is not None:
+        script.on("GET /v1/steering/vectors/vec_1", Reply({"id": "vec_1", "layers": layers}))
+    result = run("vectors", "fit", "--model", "base", "--file", "file-1", "--follow", "--url", script.url)
+    assert result.code == 0
+    assert f'next: `gradhelm chat --model base --vector vec_1:1.5{named} "Hello"`' in result.err
+
+
+@pytest.mark.parametrize("command", [("jobs", "follow", "ftjob-1"), ("jobs", "create", "--follow")])
+def test_ctrl_c_says_that_the_job_goes_on(
+    run: Run, script: Script, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(follow, "follow", interrupted)
+    script.on("POST /v1/fine_tuning/jobs", job("queued"))
+    more = ("--model", "m", "--file", "file-1") if "create" in command else ()
+    result = run(*command, *more, "--url", script.url)
+    assert result.code == 130
+    assert "the job goes on" in result.err
+    assert "gradhelm jobs follow ftjob-1" in result.err and "gradhelm jobs cancel ftjob-1" in result.err
+
+
+@pytest.mark.parametrize(("status", "deleted"), [(400, True), (422, True), (500, False), (503, False)])
+def test_an_upload_is_taken_back_only_when_the_job_is_surely_refused(
+    run: Run, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, deleted: bool
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    script.on("POST /v1/files", Reply({"id": "file-9"}))
+    script.on("DELETE /v1/files/file-9", Reply({"deleted": True}))
+    script.on("POST /v1/fine_tuning/jobs", Reply({"error": {"message": "No."}}, status))
+    create = ("jobs", "create", "--model", "m", "--url", script.url, "--file")
+    assert run(*create, tmp_path / "rows.jsonl").code == 1
+    assert len(script.sent("DELETE /v1/files/file-9")) == int(deleted)
+    assert run(*create, "file-9").code == 1
+    assert len(script.sent("DELETE /v1/files/file-9")) == int(deleted), "a file that was there before stays"

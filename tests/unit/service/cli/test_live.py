@@ -237,3 +237,30 @@ def test_a_stop_ends_streams_and_is_quick(home: Path, run: Run, rows: Path) -> N
     assert time.monotonic() - began < 3
     reader.join(timeout=5)
     assert "event: shutdown" in got
+
+
+def test_a_refused_job_leaves_no_upload(live: Live, run: Run, rows: Path, base: str, tmp_path: Path) -> None:
+    create = ("jobs", "create", "--model", base, "--file", rows)
+    for wrong in (("--method", "dpo"), ("--set", "nothing=1"), ("--validation-file", tmp_path / "missing.jsonl")):
+        result = run(*create, *wrong)
+        assert result.code != 0 and "the request was refused" in result.err, wrong
+    fit = run("vectors", "fit", "--model", base, "--file", rows, "--layers", "2")
+    assert "blocks 0 to 1" in fit.err
+    assert run("files", "list", "--json").json == []
+    assert run(*create).code == 0
+    assert len(run("files", "list", "--json").json) == 1
+
+
+def test_a_fit_that_failed_is_listed(live: Live, run: Run, base: str, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"positive": "Good.", "negative": "Bad."}\n')
+    made = run("vectors", "fit", "--model", base, "--file", pairs, "--json").json
+    for _ in range(200):
+        if run("jobs", "get", made["job_id"], "--json").json["status"] == "queued":
+            break
+        time.sleep(0.02)
+    live.app.state.store.transition(made["job_id"], "queued", "failed", values={"error_code": "out_of_memory"})
+    assert run("jobs", "list", "--json").json == run("vectors", "list", "--json").json == []
+    assert "jobs list --all" in run("vectors", "list").err
+    shown = run("jobs", "list", "--all").out
+    assert made["job_id"] in shown and "failed" in shown

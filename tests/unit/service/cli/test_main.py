@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,6 +56,15 @@ def test_ctrl_c_is_130_without_a_traceback(script: Script, tmp_path: Path) -> No
     _, rest = process.communicate(timeout=20)
     assert process.returncode == 130
     assert "Traceback" not in rest
+    assert "the job goes on" in rest and "gradhelm jobs cancel ftjob-1" in rest
+
+
+def test_the_version_and_the_short_help(run: Run) -> None:
+    told = run("--version")
+    assert told.code == 0 and re.fullmatch(r"gradhelm \d\S*\n", told.out)
+    for arguments in (["-h"], ["jobs", "-h"], ["jobs", "create", "-h"]):
+        result = run(*arguments)
+        assert result.code == 0 and "Usage" in result.out
 
 
 def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
