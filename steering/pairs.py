@@ -140,6 +140,11 @@ def _pair(line: int, value: dict[str, Any], found: Pairs) -> Pair:
         _warn(found, line, "row_unrecognized_key", f"{key[:80]!r} has no effect; rows hold {', '.join(KEYS)}")
     if "prompt" in value and "messages" in value:
         raise _RowError("mixed_row_kinds", "the row has both prompt and messages; keep one of them")
+    if value.keys().isdisjoint({"positive", "negative"}) and ("messages" in value or "completion" in value):
+        raise _RowError(
+            "missing_positive",
+            "`positive` and `negative` are missing; this looks like a row to train a model on: `gradhelm jobs create`",
+        )
     positive, negative = (_text(value.get(key), key, f"missing_{key}") for key in ("positive", "negative"))
     if positive == negative:
         raise _RowError("identical_pair", "positive and negative are the same text, so the row says nothing")

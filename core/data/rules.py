@@ -181,6 +181,10 @@ class _OneRow:
             self.warn(
                 "row_unrecognized_key", f"{key[:80]!r} has no effect; rows hold messages, or prompt and completion"
             )
+        if {"positive", "negative"} <= value.keys() and value.keys().isdisjoint({"messages", "completion"}):
+            code = "missing_completion" if "prompt" in value else "missing_messages_list"
+            self.fail(code, "this looks like a steering pair: fit a vector to such rows with `gradhelm vectors fit`")
+            return None
         has_pair = "prompt" in value or "completion" in value
         if "messages" in value and has_pair:
             self.fail("mixed_row_kinds", "the row has both messages and prompt/completion; keep one of them")

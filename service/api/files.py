@@ -129,7 +129,7 @@ def _store(db: Database, upload: uploads.Upload, file_id: str, key_id: str) -> F
         raise bad_request("The file is empty.", param="file", code="empty_file")
     reason = looks_like_json_lines(upload.head)
     if reason is not None:
-        raise bad_request(f"The file is not JSON lines: {reason}", param="file", code="invalid_file_format")
+        raise bad_request(f"{reason[0].upper()}{reason[1:]}.", param="file", code="invalid_file_format")
     row = File(
         id=file_id,
         filename=upload.filename or "upload.jsonl",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,11 @@ from service.jobs.supervisor import read_json
 
 VERDICT = "validation.json"
 NAMED = 100
-"""Rows named in the error and the event."""
+"""Rows named in the event."""
+SHOWN = 10
+"""Different problems that the error's text tells; each once, with the rows that have it."""
+LINES = 3
+"""Lines named beside a problem that many rows have."""
 
 _RETRY_SECONDS = 1.0
 
@@ -66,9 +70,9 @@ def _valid(job: Job, verdict: Mapping[str, Any]) -> Ending:
 def _invalid(verdict: Mapping[str, Any]) -> Ending:
     problems = list(verdict["problems"])[:NAMED]
     count = int(verdict.get("problem_count", len(problems)))
-    lines = [_row(problem) for problem in problems]
-    if count > len(lines):
-        lines.append(f"and {count - len(lines)} more")
+    lines = summary(problems)
+    if count > len(problems):
+        lines.append(f"and {count - len(problems)} more rows")
     code = str(verdict.get("code") or (problems[0]["code"] if problems else "invalid_training_file"))
     param = str(verdict.get("param") or "training_file")
     what = "1 problem" if count == 1 else f"{count} problems"
@@ -78,6 +82,29 @@ def _invalid(verdict: Mapping[str, Any]) -> Ending:
     return Ending("failed", events, values)
 
 
-def _row(problem: Mapping[str, Any]) -> str:
-    where = f"line {problem['line']}: " if problem.get("line") is not None else ""
-    return f"{where}{problem['message']} ({problem['code']})"
+def summary(problems: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each different problem once, with how many rows have it and the first of their lines.
+
+    Args:
+        problems: as the verdict names them: file, line, code, message.
+
+    Returns:
+        At most `SHOWN` texts, and one that counts the problems left out.
+    """
+    rows: dict[tuple[str, str, str], list[int]] = {}
+    for one in problems:
+        lines = rows.setdefault((str(one.get("file")), str(one["code"]), str(one["message"])), [])
+        if one.get("line") is not None:
+            lines.append(int(one["line"]))
+    told = [f"{_where(lines)}{message} ({code})" for (_, code, message), lines in rows.items()]
+    left = len(told) - SHOWN
+    return told[:SHOWN] + ([f"and {left} other problems"] if left > 0 else [])
+
+
+def _where(lines: Sequence[int]) -> str:
+    if not lines:
+        return ""
+    if len(lines) == 1:
+        return f"line {lines[0]}: "
+    named = ", ".join(map(str, lines[:LINES]))
+    return f"{len(lines)} rows (lines {named}{', ...' if len(lines) > LINES else ''}): "

@@ -79,7 +79,7 @@ def test_a_bad_file_fails_at_once_with_its_rows(world: World) -> None:
     job = world.job(job_id)
     assert (job.status, job.error_code, job.error_param) == ("failed", "missing_content", "training_file")
     assert job.error_message is not None
-    assert "line 100: no content" in job.error_message and "line 101" not in job.error_message
+    assert "100 rows (lines 1, 2, 3, ...): no content (missing_content)" in job.error_message
     assert "and 30 more" in job.error_message
     event = world.store.events(job_id, newest_first=True).data[0]
     assert event.level == "error" and len(event.data["problems"]) == 100
