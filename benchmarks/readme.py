@@ -13,9 +13,23 @@ README = Path(__file__).parents[1] / "README.md"
 BLOCK = re.compile(r"(<!-- generated: results -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
+WHAT = {
+    "steered-vs-unsteered-tokens-per-second": "generation speed, steered over unsteered",
+    "concurrent-8-vs-serial": "tokens a second, eight requests at once over one after another",
+    "engine-vs-transformers-generate": "generation speed over that of transformers' `generate`, one request",
+    "chat-while-training": "generation speed while a job trains, over that on an idle machine",
+    "job-submit-p95-ms": "creating a job over HTTP, 95th percentile, ms",
+    "job-list-p95-ms": "listing jobs over HTTP, 95th percentile, ms",
+    "idle-mib": "memory of an idle server, MiB",
+    "sft-tokens-per-second-vs-trl": "training speed over TRL's with its defaults",
+    "sft-tokens-per-second-vs-trl-grouped": "training speed over TRL's with rows grouped by length",
+}
+"""What each claim measures, with its unit; one without a unit is a ratio. Others are shown by their id alone."""
+
+
 def table() -> str:
     """Every claim, met or not, as Markdown."""
-    lines = ["| claim | target | measured | |", "|---|---|---|---|"]
+    lines = ["| claim | what | target | measured | |", "|---|---|---|---|---|"]
     machines = set()
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -25,7 +39,8 @@ def table() -> str:
             if claim.get("interval"):
                 value += " [{:.3g}, {:.3g}]".format(*claim["interval"])
             lines.append(
-                f"| {claim['id']} | {claim['target']} | {value} | {'met' if claim['holds'] else '**missed**'} |"
+                f"| {claim['id']} | {WHAT.get(claim['id'], '')} | {claim['target']} | {value} | "
+                f"{'met' if claim['holds'] else '**missed**'} |"
             )
     return "\n".join(lines) + f"\n\nMeasured on {'; '.join(sorted(machines))}. `make bench` measures them again.\n"
 

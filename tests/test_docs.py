@@ -6,7 +6,9 @@ Each check is shown twice: it finds nothing in this repository, and it does find
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -324,3 +326,27 @@ def test_a_broken_arrow_is_found(tree: Path, file: str, line: str, arrow: str) -
 def test_an_unbroken_copy_has_no_broken_arrow(tree: Path) -> None:
     """So that the test above fails for the arrow, and not for the copy."""
     assert list(checks.broken_arrows(tree)) == []
+
+
+def test_every_gradhelm_command_of_the_readme_is_one_that_the_command_line_takes() -> None:
+    import typer
+
+    from service.cli import app
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
+    lines = [line for line in blocks.splitlines() if line.startswith("gradhelm ")]
+    assert sum("--vector" in line for line in lines) >= 1 and sum("--system" in line for line in lines) >= 1
+    for line in lines:
+        command: Any = typer.main.get_command(app)
+        words = shlex.split(line, comments=True)[1:]
+        while hasattr(command, "commands"):
+            command = command.commands[words.pop(0)]
+        command.make_context("gradhelm", words)
+
+
+def test_every_claim_of_the_readme_says_what_it_measures() -> None:
+    from benchmarks import readme
+
+    told = {claim["id"] for path in readme.RESULTS.glob("*.json") for claim in json.loads(path.read_text())["claims"]}
+    assert told <= readme.WHAT.keys(), "say in benchmarks/readme.py what a new claim measures"
