@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
+import openai
 import pytest
 import yaml
 
@@ -188,3 +190,40 @@ def test_orphaned_and_paused_runs_end_as_calm_ones(home: Path, figure) -> None:
         assert losses(server.folder(paused)) == losses(server.folder(calm))
         assert artifact(server.folder(paused)) == artifact(server.folder(calm))
         figure(f"paused after step {at} and resumed: losses and weights bitwise those of a calm run")
+
+
+@pytest.mark.skipif(QUICK, reason="takes a minute for each method")
+@pytest.mark.parametrize("method", ["frugal", "dct_adamw"])
+def test_a_job_of_whole_weights_by_the_sdk_is_adopted_and_answers(home: Path, method: str, figure) -> None:
+    with Server(home, real=True, jobs={"max_running": 1}) as server, httpx.Client() as transport:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key, http_client=transport)
+        data = client.files.create(file=("rows.jsonl", rows().encode()), purpose="fine-tune")
+        settings = {"batch_size": 4, "max_steps": 600, "save_every": 100, "update_gap": 7, "learning_rate": 3e-3}
+        made: dict[str, Any] = {method: {"hyperparameters": settings}}
+        ends = []
+        for kills in (0, 2):
+            job = client.fine_tuning.jobs.create(
+                model="tiny-llama", training_file=data.id, seed=11, method={"type": method, **made}
+            )  # type: ignore[call-overload]
+            for _ in range(kills):
+                at = step_of(server, job.id)
+                until(lambda at=at, job=job: step_of(server, job.id) > at + 5, 120, "a few steps")
+                server.kill()
+                server.start()
+            assert server.wait(job.id, seconds=300)["progress"]["attempt"] == 1
+            job = client.fine_tuning.jobs.retrieve(job.id)
+            assert job.status == "succeeded" and job.fine_tuned_model is not None
+            answer = client.chat.completions.create(
+                model=job.fine_tuned_model,
+                messages=[{"role": "user", "content": json.loads(rows(1))["messages"][0]["content"]}],
+                max_tokens=24,
+                temperature=0,
+            )
+            ends.append((losses(server.folder(job.id)), artifact(server.folder(job.id)), answer.choices[0].message))
+        assert ends[0] == ends[1] and ends[0][1] and ends[0][2].content
+        first, last = (ends[0][0][step] for step in (1, 600))
+        assert last < 0.5 * first
+        figure(
+            f"{method}: a job by the SDK, its server killed twice: losses, weights and answer bitwise a calm one's;"
+            f" loss {first:.2f} -> {last:.2f}"
+        )
