@@ -148,6 +148,17 @@ def key_file() -> Check:
     return Check("admin key", "ok", f"{path} ({mode:04o})")
 
 
+def settings() -> Check:
+    """Whether the server would take the environment's settings."""
+    from service.settings import load_settings
+
+    try:
+        load_settings()
+    except ValueError as error:
+        return Check("settings", "fail", str(error), "The server would refuse to start: correct the environment.")
+    return Check("settings", "ok", "the GRADHELM_ variables of this terminal are valid")
+
+
 def port() -> Check:
     """Whether the default port is free, or who answers there."""
     number = int(os.environ.get("GRADHELM_PORT") or 8000)
@@ -222,7 +233,7 @@ def catalog() -> Check:
 
 
 ALL: tuple[Callable[[], Check], ...] = (
-    python, torch, cpu, memory, folder, disk, key_file, port, server, openmp, extras, catalog,
+    python, torch, cpu, memory, settings, folder, disk, key_file, port, server, openmp, extras, catalog,
 )  # fmt: skip
 
 

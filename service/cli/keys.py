@@ -80,7 +80,7 @@ def warn_of_another_folder() -> None:
     if parts.hostname in {"127.0.0.1", "localhost", "::1"}:
         elsewhere = neighbour.other_folder(parts.hostname, parts.port or 80, home())
         if elsewhere is not None:
-            note(f"warning: that server will not take this key. {elsewhere}")
+            note(f"warning: the server that commands talk to will not take this key. {elsewhere}")
 
 
 @app.command("create")

@@ -52,6 +52,13 @@ def test_little_space_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         assert checks.disk().level == level
 
 
+def test_variables_that_the_server_would_refuse_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checks.settings in checks.ALL and checks.settings().level == "ok"
+    monkeypatch.setenv("GRADHELM_PORTT", "9000")
+    finding = checks.settings()
+    assert finding.level == "fail" and "did you mean GRADHELM_PORT?" in finding.found
+
+
 def test_a_taken_port_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setenv("GRADHELM_PORT", str(taken.getsockname()[1]))
