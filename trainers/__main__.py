@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m trainers", description="Fine-tune a model.", epilog=EPILOG)
     parser.add_argument("run", type=Path, metavar="RUN.yaml", help="the run file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the run file")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings that win over the run file"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and a memory plan, and end")
     options = parser.parse_args(arguments)
     with StopSignals() as stop:

@@ -107,6 +107,12 @@ class Loop:
         self.boundary: tuple[dict[str, Any], dict[str, Any]] = self._capture()
         self.metrics: MetricsFile | None = None
 
+    @property
+    def finished(self) -> bool:
+        """Whether every step is done, and evaluated."""
+        progress = self.progress
+        return progress.pending is None and (progress.step >= self.total or progress.stopped_early)
+
     def resume(self) -> None:
         """Restores the newest checkpoint that verifies, if there is one.
 
@@ -132,9 +138,13 @@ class Loop:
             self.progress = Progress(**saved.state["progress"])
             self.saved_step = self.progress.step
             self.boundary = self._capture()
-            self.reporter.message(
-                "info", f"resumed from the checkpoint of step {self.progress.step}", step=self.progress.step
-            )
+            how = f"resumed from the checkpoint of step {self.progress.step}"
+            if self.finished:
+                how = (
+                    f"already finished at step {self.progress.step}: nothing is left; more epochs or max_steps "
+                    "go on from there, a fresh output_dir begins anew"
+                )
+            self.reporter.message("info", how, step=self.progress.step)
             if saved.state["threads"] != self.config.cpu_threads():
                 self.reporter.message(
                     "warn",
@@ -417,9 +427,18 @@ class Loop:
         names = dict.fromkeys((*self.signature, *saved))
         changed = [name for name in names if known.get(name) != saved.get(name)]
         if changed:
+            told = [_methods(saved[name], known[name]) if name == "method" else name for name in changed]
             raise RunError(
-                f"the checkpoints in {self.root} belong to a run with other {', '.join(changed)}; give a fresh "
+                f"the checkpoints in {self.root} belong to a run with other {', '.join(told)}; give a fresh "
                 "output_dir, or remove them",
                 code="checkpoint_mismatch",
                 param="output_dir",
             )
+
+
+def _methods(saved: Any, known: Any) -> str:
+    """Which settings of the method differ, with both values; of another method, only its name."""
+    if saved.get("name") != known.get("name"):
+        return f"method ({saved.get('name')} there, {known.get('name')} here)"
+    names = [name for name in dict.fromkeys((*known, *saved)) if known.get(name) != saved.get(name)]
+    return ", ".join(f"method.{name} ({saved.get(name)} there, {known.get(name)} here)" for name in names)

@@ -53,8 +53,25 @@ def line(kind: str, data: dict[str, Any]) -> str:
         return f"{data['level']}: {data['message']}"
     if kind == "error":
         return f"error: [{data['code']}] {data['message']}"
+    if kind == "artifact" and (said := _artifact(data)) is not None:
+        return said
     values = [f"{name} {_short(value)}" for name, value in data.items() if value not in (None, {}, [])]
     return f"{kind}: {', '.join(values)}"
+
+
+def _artifact(data: dict[str, Any]) -> str | None:
+    what, path = data.get("artifact"), data.get("path")
+    if what == "checkpoint":
+        took = data.get("save_seconds")
+        return f"saved: step {data.get('step')} in {path}" + ("" if took is None else f", {took:.1f} s")
+    if what == "metrics":
+        return f"numbers of every step: {path}"
+    if what in ("adapter", "merged"):  # the last that a run makes
+        name = "adapter" if what == "adapter" else "model"
+        differ = data.get("logit_difference")
+        checked = "" if differ is None else f"; loaded again, its logits differ by {_short(differ)}"
+        return f"done: the {name} is in {path}{checked}"
+    return None
 
 
 def _short(value: Any) -> str:

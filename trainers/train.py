@@ -30,6 +30,11 @@ _PRIVATE = ("train_file", "eval_file", "output_dir", "start")
 """Settings that say where files lie on this machine; a model card does not repeat them."""
 
 
+_JOB = "GRADHELM_JOB_ID"
+"""Set by a supervisor: who watches the run then has a job to resume, no command to repeat."""
+_GO_ON = "; the same command goes on from there"
+
+
 def train(run: Run, reporter: Reporter, stop: StopSignals) -> int:
     """Runs a run file, from its newest checkpoint if there is one.
 
@@ -69,15 +74,6 @@ def train(run: Run, reporter: Reporter, stop: StopSignals) -> int:
         else []
     )
     probe_ids = rows[0].input_ids
-    reporter.message(
-        "info",
-        f"training {_base(run, loaded, start)} with {method.name} on {len(rows)} rows",
-        threads=config.cpu_threads(),
-        processes=accelerator.num_processes,
-        device=str(accelerator.device),
-        dtype=dtype,
-        learning_rate=run.peak_learning_rate,
-    )
     if (origin := _started_from(run, start)) is not None:
         how = "" if start is None else "; its adapter " + ("goes on" if method.makes == "adapter" else "is merged")
         reporter.message("info", f"starting from {origin}{how}")
@@ -106,12 +102,22 @@ def train(run: Run, reporter: Reporter, stop: StopSignals) -> int:
         servable=lambda folder: export.write(attached.model, method, loaded, folder / _servable_name(run), card),
     )
     loop.resume()
+    if not loop.finished:
+        reporter.message(
+            "info",
+            f"training {_base(run, loaded, start)} with {method.name} on {len(rows)} rows",
+            threads=config.cpu_threads(),
+            processes=accelerator.num_processes,
+            device=str(accelerator.device),
+            dtype=dtype,
+            learning_rate=run.peak_learning_rate,
+        )
     if config.rehearse == "on" or (config.rehearse == "auto" and accelerator.device.type == "cuda"):
         loop.rehearse()
     if not loop.run():
         reporter.message(
             "info",
-            f"stopped at step {loop.progress.step}; the same command goes on from there",
+            f"stopped at step {loop.progress.step}" + ("" if _JOB in os.environ else _GO_ON),
             step=loop.progress.step,
             stopped=True,
         )

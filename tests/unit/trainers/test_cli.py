@@ -54,7 +54,10 @@ def test_debug_runs_train(
 ) -> None:
     monkeypatch.chdir(ROOT)
     assert main([str(path), f"output_dir={tmp_path / 'out'}", "threads=1"]) == SUCCEEDED
-    assert "artifact: " in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1].startswith("done: the ") and f" is in {tmp_path / 'out' / 'artifact'};" in said[-1]
+    assert any(line.startswith("saved: step 12 in ") for line in said)
+    assert not any(line.startswith("artifact") or "servable" in line for line in said)
     events = read(tmp_path / "out" / "events.jsonl")[0]
     scores = [event["valid_loss"] for event in events if "valid_loss" in event]
     assert len(scores) == 3, "before the first step, at step 6, and after the last"
@@ -152,3 +155,20 @@ def test_a_signal_before_the_model_is_loaded_stops_in_order(run_file: Path, tmp_
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60).returncode == 3
     assert not _errors(tmp_path / "run")
+
+
+def test_only_the_run_file_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([])
+    assert capsys.readouterr().err.splitlines()[-1].endswith("required: RUN.yaml")
+
+
+def test_a_finished_run_says_so_and_trains_nothing(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run_file)]) == SUCCEEDED
+    assert "info: training " in capsys.readouterr().out
+    assert main([str(run_file)]) == SUCCEEDED
+    again = capsys.readouterr().out
+    assert "already finished at step 2" in again and "done: the adapter is in " in again
+    assert "training " not in again and "resumed" not in again
+    assert main([str(run_file), "max_steps=3"]) == SUCCEEDED
+    assert "resumed from the checkpoint of step 2" in capsys.readouterr().out

@@ -118,6 +118,23 @@ def test_checkpoints_of_another_run_are_refused(train: Any) -> None:
     assert caught.value.param == "output_dir"
 
 
+def test_the_setting_of_the_method_that_differs_is_named(train: Any) -> None:
+    train({"name": "lora", "rank": 4}, max_steps=1)
+    with pytest.raises(RunError, match=r"run with other method\.rank \(4 there, 8 here\);"):
+        train({"name": "lora", "rank": 8}, max_steps=1)
+    with pytest.raises(RunError, match=r"run with other method \(lora there, full here\);"):
+        train("full", max_steps=1)
+
+
+def test_advice_to_repeat_the_command_is_for_those_who_gave_one(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = train("lora", stop_at=5)
+    assert stopped.of_kind("message")[-1]["message"].endswith("; the same command goes on from there")
+    monkeypatch.setenv("GRADHELM_JOB_ID", "ftjob-1")
+    stopped = train("lora", stop_at=3)
+    said = stopped.of_kind("message")[-1]["message"]
+    assert said.startswith("stopped at step ") and "command" not in said
+
+
 def test_other_held_out_rows_make_another_run(train: Any, tmp_path: Path) -> None:
     rows = (DATA / "harbour-held-out.jsonl").read_text().splitlines(keepends=True)
     paths = [tmp_path / name for name in ("held-out.jsonl", "moved.jsonl", "other.jsonl")]

@@ -85,7 +85,7 @@ def test_elsewhere_steps_get_a_line_now_and_then() -> None:
     lines = out.getvalue().splitlines()
     steps = [int(one.split()[1]) for one in lines if one.startswith("step ")]
     assert steps == [0, 80, 160, 240, 320, 400, 480, 500]
-    assert lines[0] == "info: begun" and lines[-1] == "artifact: artifact adapter, path x"
+    assert lines[0] == "info: begun" and lines[-1] == "done: the adapter is in x"
     assert lines[2] == "step 80 / 500  loss 0.0250  1,234 tokens/s  3:30 left"
     assert "left" not in lines[-2], "the last step leaves nothing"
     assert "\r" not in out.getvalue() and "\x1b" not in out.getvalue()
