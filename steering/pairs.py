@@ -14,6 +14,7 @@ from typing import Any
 from core.data.lines import MAX_LINE_BYTES, read_lines
 from core.data.rules import Message, RowProblem
 from core.data.source import DataError
+from core.text import clean
 
 KEYS = ("prompt", "messages", "positive", "negative")
 ROLES = ("system", "developer", "user", "assistant")
@@ -172,7 +173,7 @@ def _message(item: Any, where: str) -> Message:
     if missing := [key for key in ("role", "content") if key not in item]:
         raise _RowError("message_missing_key", f"{where} has no {' and no '.join(missing)}")
     if extra := sorted(item.keys() - {"role", "content"}):
-        raise _RowError("message_unrecognized_key", f"{where}.{extra[0][:80]}: allowed are role and content")
+        raise _RowError("message_unrecognized_key", f"{where}.{clean(extra[0][:80])}: allowed are role and content")
     role = item["role"]
     if role not in ROLES:
         raise _RowError("unrecognized_role", f"{where}.role is {str(role)[:80]!r}; allowed are {', '.join(ROLES)}")

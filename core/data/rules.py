@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from core.text import clean
+
 ROLES = ("system", "developer", "user", "assistant")
 MESSAGE_KEYS = ("role", "content", "name", "function_call", "weight")
 ROW_KEYS = ("messages", "prompt", "completion")
@@ -220,7 +222,9 @@ class _OneRow:
             self.fail("data_type", f"{where} must be an object with role and content, found {_kind_of(item)}")
             return None
         if extra := [key for key in item if key not in MESSAGE_KEYS]:
-            self.fail("message_unrecognized_key", f"{where}.{extra[0][:80]}: allowed are {', '.join(MESSAGE_KEYS)}")
+            self.fail(
+                "message_unrecognized_key", f"{where}.{clean(extra[0][:80])}: allowed are {', '.join(MESSAGE_KEYS)}"
+            )
         if item.get("function_call") is not None:
             self.fail("unsupported_function_call", f"{where}: function calls are not trained here; remove the row")
             return None
@@ -248,9 +252,11 @@ class _OneRow:
         if weight is None:
             return None
         if type(weight) is not int or weight not in (0, 1):
-            self.fail("invalid_weight", f"{where}.weight is {str(weight)[:80]}; allowed are 0 and 1")
+            self.fail("invalid_weight", f"{where}.weight is {clean(str(weight)[:80])}; allowed are 0 and 1")
         elif role != "assistant":
-            self.fail("invalid_weight", f"{where} is a {role[:80]} message; only assistant messages take a weight")
+            self.fail(
+                "invalid_weight", f"{where} is a {clean(role[:80])} message; only assistant messages take a weight"
+            )
         else:
             return weight
         return None

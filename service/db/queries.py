@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, ScalarSelect, func, select, update
 from sqlalchemy.orm import Session
 
+from core.text import clean
 from service.db.tables import Checkpoint, Job, JobEvent, Model
 from service.jobs.names import checkpoint_id
 from service.jobs.records import Event
@@ -210,7 +211,7 @@ def guarded_update(
     for column, value in guards.items():
         attribute = getattr(Job, column)
         where.append(attribute.is_(None) if value is None else attribute == value)
-    changed = {**values, "last_seq": Job.last_seq + new_events}
+    changed = {**{column: clean(value) for column, value in values.items()}, "last_seq": Job.last_seq + new_events}
     return session.scalars(
         update(Job).where(*where).values(changed).returning(Job), execution_options=_PLAIN
     ).one_or_none()
@@ -255,6 +256,7 @@ def put_checkpoint(session: Session, job: Job, row: Checkpoint) -> None:
         job: its job.
         row: the new row.
     """
+    row.path, row.metrics = clean(row.path), clean(row.metrics)
     known = session.scalars(
         select(Checkpoint).where(Checkpoint.job_id == row.job_id, Checkpoint.step == row.step)
     ).one_or_none()
@@ -272,6 +274,8 @@ def put_checkpoint(session: Session, job: Job, row: Checkpoint) -> None:
 def insert_events(session: Session, job: Job, events: Sequence[Event], now: float) -> None:
     """Insert rows whose seqs end at ``job.last_seq``, which the caller has already advanced.
 
+    Their text may come from a user's file or from a run, so what no database can hold is escaped here.
+
     Args:
         session: a write transaction.
         job: the row after it was counted up.
@@ -286,8 +290,8 @@ def insert_events(session: Session, job: Job, events: Sequence[Event], now: floa
             created_at=int(event.time if event.time is not None else now),
             level=event.level,
             type=event.type,
-            message=event.message,
-            data=dict(event.data),
+            message=clean(event.message),
+            data=clean(dict(event.data)),
         )
         for index, event in enumerate(events)
     )

@@ -27,6 +27,25 @@ class Live:
     not_before: float = 0.0
     """After a start that failed: not tried again earlier, seconds since the epoch."""
 
+    failures: int = 0
+    """Looks in a row that ended in the same error of our own."""
+    failed_with: str = ""
+    """That error."""
+
+    def failed(self, error: Exception) -> int:
+        """Count an error of our own.
+
+        Args:
+            error: what came out of a look at the job.
+
+        Returns:
+            How often in a row it was this one.
+        """
+        told = repr(error)
+        self.failures = self.failures + 1 if told == self.failed_with else 1
+        self.failed_with = told
+        return self.failures
+
     def directory(self, home: Path) -> Path:
         """Folder of the process of this phase.
 

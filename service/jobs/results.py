@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import Engine
 
+from core.text import clean
 from service.db import queries
 from service.db.engine import read
 from service.db.tables import File, Job, Model, Vector
@@ -84,7 +85,7 @@ def _model(job: Job, artifact: Path, found: Results, now: float, engine: Engine)
             job_id=job.id,
             key_id=job.key_id,
             created_at=int(now),
-            manifest=manifest,
+            manifest=clean(manifest),
         )
     )
     found.values["result_model"] = name

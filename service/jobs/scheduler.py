@@ -35,6 +35,9 @@ from trainers.config import parse_run
 
 log = logging.getLogger(__name__)
 
+PATIENCE = 5
+"""Looks in a row at one job that end in the same fault before the job is ended."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -225,7 +228,7 @@ class Scheduler:
             if row is None:
                 self._let_go(live.job_id)
             else:
-                self._safely(self._follow, live, row)
+                self._safely(self._look, live, row)
 
     # ---- claiming and starting -------------------------------------------------------------------------------------
 
@@ -298,6 +301,30 @@ class Scheduler:
         # else: claimed, and never started; the next look starts it
 
     # ---- watching --------------------------------------------------------------------------------------------------
+
+    def _look(self, live: Live, job: Job) -> None:
+        """Follow; a fault that does not go away ends this job, so that it does not keep the slot of all others."""
+        try:
+            self._follow(live, job)
+        except (StaleWrite, DatabaseBusy, OSError, MemoryError):
+            raise
+        except Exception as error:
+            if live.failed(error) < PATIENCE:
+                raise
+            log.exception("%s cannot be looked after, and is ended", job.id)
+            self._give_up(live, job)
+        else:
+            live.failures = 0
+
+    def _give_up(self, live: Live, job: Job) -> None:
+        if live.handle is not None and self.executor.kill(live.handle):
+            return  # not over while a process lives
+        if job.status == "cancelling":
+            ending = recovery.Ending("cancelled", [Event("Job cancelled; every process of it has ended")])
+        else:
+            message = f"the server could not look after this job: {live.failed_with[:1000]}"
+            ending = recovery.failure(None, default="server_error", message=message, lines=())
+        self._end(live, job, ending)
 
     def _follow(self, live: Live, job: Job) -> None:
         if live.handle is None:

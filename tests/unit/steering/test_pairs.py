@@ -72,7 +72,9 @@ BAD: dict[str, tuple[str, Any]] = {
     "message text": ("data_type", {**GOOD, "prompt": ["hello"]}),
     "no content": ("message_missing_key", {**GOOD, "prompt": [{"role": "user"}]}),
     "weight": ("message_unrecognized_key", user(weight=1)),
+    "half a pair as a key": ("message_unrecognized_key", user(**{"\ud800": 1})),
     "role": ("unrecognized_role", user(role="tool")),
+    "half a pair as a role": ("unrecognized_role", user(role="\ud800")),
     "role list": ("unrecognized_role", user(role=["user"])),
     "content list": ("missing_content", user(content=["u"])),
     "assistant last": ("last_message_not_user", user(role="assistant")),
@@ -86,6 +88,7 @@ def test_faults_carry_line_and_code(tmp_path: Path, name: str) -> None:
         read_pairs(write(tmp_path, GOOD, line, GOOD))
     (problem,) = caught.value.problems
     assert (problem.line, problem.code) == (2, code)
+    assert problem.message.encode()
 
 
 def test_an_empty_file(tmp_path: Path) -> None:

@@ -89,6 +89,8 @@ BAD: list[tuple[str, object, str]] = [
     ("invalid_weight", chat(USER, {**ANSWER, "weight": True}), "weight is True"),
     ("invalid_weight", chat(USER, {**ANSWER, "weight": 1.0}), "weight is 1.0"),
     ("invalid_weight", chat({**USER, "weight": 1}, ANSWER), "only assistant messages take a weight"),
+    ("invalid_weight", chat(USER, {**ANSWER, "weight": "\ud800\0"}), r"weight is \\ud800\\x00; allowed"),
+    ("message_unrecognized_key", chat({**USER, "\ud800": 1}, ANSWER), r"messages\[0\]\.\\ud800: allowed"),
     ("no_trained_message", chat(USER, {**ANSWER, "weight": 0}), "every assistant message has weight 0"),
     ("invalid_name", chat({**USER, "name": 3}, ANSWER), "name must be a text, found a number"),
     ("unsupported_function_call", chat(USER, {"role": "assistant", "function_call": {"name": "f"}}), "not trained"),
