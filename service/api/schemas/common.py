@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -26,10 +27,34 @@ def without_null_extras(cls: type[BaseModel], data: Any) -> Any:
     return {name: value for name, value in data.items() if value is not None or name in cls.model_fields}
 
 
-def _no_nul(text: str) -> str:
+def _clean(text: str) -> str:
     if "\x00" in text:
         raise ValueError("must not contain NUL")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must not contain half a surrogate pair, which is no character") from None
     return text
+
+
+def _clean_value(value: Any) -> Any:
+    """A value of any shape that a database and an answer can hold: judged without recursion, as it may be deep."""
+    left = [(value, 0)]
+    while left:
+        item, depth = left.pop()
+        if depth > _DEPTH:
+            raise ValueError(f"must not be nested deeper than {_DEPTH}")
+        if isinstance(item, str):
+            _clean(item)
+        elif isinstance(item, float) and not math.isfinite(item):
+            raise ValueError("must not contain NaN or infinity")
+        elif isinstance(item, int) and abs(item) > _LARGEST:
+            raise ValueError("must not contain an integer of more than 300 digits")
+        elif isinstance(item, dict):
+            left += [(inner, depth + 1) for pair in item.items() for inner in pair]
+        elif isinstance(item, list):
+            left += [(inner, depth + 1) for inner in item]
+    return value
 
 
 def _whole(value: Any) -> Any:
@@ -39,16 +64,21 @@ def _whole(value: Any) -> Any:
 Whole = BeforeValidator(_whole)
 """Behind an integer's limits: 8.0 is a whole number too, as JSON Schema has it and JavaScript sends it."""
 
-_NO_NUL: dict[str, Any] = {"pattern": r"^[^\u0000]*$"}
+_DEPTH = 16
+_LARGEST = 10**300
+_CLEAN: dict[str, Any] = {"pattern": r"^[^\u0000]*$"}
 
-Text = Annotated[str, AfterValidator(_no_nul), Field(json_schema_extra=_NO_NUL)]
+Text = Annotated[str, AfterValidator(_clean), Field(json_schema_extra=_CLEAN)]
 """A string that every database can hold."""
 
-Name = Annotated[str, AfterValidator(_no_nul), Field(min_length=1, max_length=512, json_schema_extra=_NO_NUL)]
+Loose = Annotated[Any, AfterValidator(_clean_value)]
+"""What is judged later, by its own rules: here only whether it can be kept and shown."""
+
+Name = Annotated[str, AfterValidator(_clean), Field(min_length=1, max_length=512, json_schema_extra=_CLEAN)]
 """An id or a model's name."""
 
-MetadataKey = Annotated[str, AfterValidator(_no_nul), Field(max_length=64, json_schema_extra=_NO_NUL)]
-MetadataValue = Annotated[str, AfterValidator(_no_nul), Field(max_length=512, json_schema_extra=_NO_NUL)]
+MetadataKey = Annotated[str, AfterValidator(_clean), Field(max_length=64, json_schema_extra=_CLEAN)]
+MetadataValue = Annotated[str, AfterValidator(_clean), Field(max_length=512, json_schema_extra=_CLEAN)]
 Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
 """Up to 16 pairs; keys up to 64 characters, values up to 512."""
 

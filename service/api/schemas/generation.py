@@ -61,7 +61,9 @@ class GenerationRequest(Body):
 
     model: Name = Field(description="A base model, `ft:...`, or `ft:...:ckpt-step-N`.")
     n: Annotated[int, Field(ge=1, le=128), Whole] | None = Field(None, description="Choices; default 1.")
-    max_tokens: Annotated[int, Field(ge=1), Whole] | None = Field(None, description="Most tokens to generate.")
+    max_tokens: Annotated[int, Field(ge=1, lt=2**53), Whole] | None = Field(
+        None, description="Most tokens to generate."
+    )
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0 is greedy; default 1.")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Nucleus mass; default 1.")
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63), Whole] | None = Field(
@@ -122,7 +124,7 @@ class ChatRequest(GenerationRequest):
     """Body of `POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
-    max_completion_tokens: Annotated[int, Field(ge=1), Whole] | None = Field(
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**53), Whole] | None = Field(
         None, description="The newer name of max_tokens; give one of them."
     )
     logprobs: bool | None = Field(None, description="Return the log-probability of each token.")
@@ -140,7 +142,7 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """Body of `POST /v1/completions`."""
 
-    prompt: Annotated[str | Annotated[list[Text], Field(min_length=1, max_length=1)], Field()] = Field(
+    prompt: Annotated[Text | Annotated[list[Text], Field(min_length=1, max_length=1)], Field()] = Field(
         description="The text to go on from, or a list of one."
     )
     logprobs: Annotated[int, Field(ge=0, le=20), Whole] | None = Field(None, description="Alternatives per token.")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import Field
 
-from service.api.schemas.common import Answer, Body, Metadata, Name, Text, Whole
+from service.api.schemas.common import Answer, Body, Loose, Metadata, Name, Text, Whole
 
 T = TypeVar("T")
 
@@ -40,6 +40,8 @@ class MethodChoice(Body):
 
     model_config = Body.model_config | {"extra": "allow"}
 
+    __pydantic_extra__: dict[str, Loose] = Field(init=False)
+
     type: Name
 
 
@@ -53,7 +55,7 @@ class CreateJob(Body):
     training_file: Name = Field(description="Id of an uploaded file with purpose `fine-tune`.")
     validation_file: Name | None = Field(None, description="Id of a file with held-out rows.")
     method: MethodChoice | None = Field(None, description="Training method and its hyperparameters; default `lora`.")
-    hyperparameters: dict[Text, Any] | None = Field(
+    hyperparameters: dict[Text, Loose] | None = Field(
         None, description="Deprecated: use `method`.", json_schema_extra={"deprecated": True}
     )
     suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] | None = Field(
@@ -61,7 +63,7 @@ class CreateJob(Body):
     )
     seed: Annotated[int, Field(ge=0, le=2147483647), Whole] | None = Field(None, description="Drawn when not given.")
     metadata: Metadata | None = Field(None, description="Up to 16 pairs to find the job by.")
-    integrations: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="None are built.")
+    integrations: Annotated[list[Loose], Field(max_length=0)] | None = Field(None, description="None are built.")
 
 
 class JobError(Answer):
