@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
@@ -35,8 +36,10 @@ class Plan:
     - activations: N L b (6 D + 3 H d + 4 K d + 4 F), or N b (L D + one such block) with activation checkpointing;
     - logits: 12 N V, for the logits, their log-softmax and their gradient in float32.
 
-    Not covered: the allocator's slack, the framework itself, and a second copy of the weights while the artifact is
-    checked.
+    To them comes the runtime: Python, torch and the other libraries, as this process holds them when it plans. On a
+    small model it is most of all; a GPU holds none of it.
+
+    Not covered: the allocator's slack, and a second copy of the weights while the artifact is checked.
     """
 
     weights: int
@@ -46,18 +49,23 @@ class Plan:
     logits: int
     trained_parameters: int
     all_parameters: int
+    runtime: int
 
     @property
     def total(self) -> int:
-        """Sum of all purposes, in bytes."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        """Sum of all purposes and the runtime, in bytes."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.runtime
 
     def describe(self) -> str:
         """The plan as comment lines of a run file."""
-        names = ("weights", "gradients", "optimizer", "activations", "logits", "total")
+        names = ("weights", "gradients", "optimizer", "activations", "logits", "runtime", "total")
         rows = [f"#   {name:<12}{getattr(self, name) / _MIB:>12.1f} MiB" for name in names]
         share = f"# trained parameters: {self.trained_parameters:,} of {self.all_parameters:,}"
-        return "\n".join([share, "# planned memory of one process, at most:", *rows]) + "\n"
+        notes = [
+            "# runtime: Python, torch and other libraries, measured in this process; a GPU holds none of it.",
+            "# activations, logits: of a batch whose rows all have max_length tokens; shorter rows take less.",
+        ]
+        return "\n".join([share, "# planned memory of one process, at most:", *rows, *notes]) + "\n"
 
 
 def plan(run: Run) -> Plan:
@@ -107,6 +115,7 @@ def plan(run: Run) -> Plan:
         logits=12 * tokens * int(config.get_text_config().vocab_size),
         trained_parameters=sum(parameter.numel() for parameter in trained),
         all_parameters=base_parameters,
+        runtime=psutil.Process().memory_info().rss,
     )
 
 

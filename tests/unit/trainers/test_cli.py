@@ -85,7 +85,10 @@ def test_a_dry_run_prints_settings_with_their_origin_and_a_plan_and_trains_nothi
     assert "  rank: 16  # file" in out
     assert "# warning: eval_every has no effect without eval_file" in out
     assert "# trained parameters:" in out
-    assert "total" in out
+    planned = {line.split()[1]: float(line.split()[2]) for line in out.splitlines() if line.endswith(" MiB")}
+    assert planned["runtime"] > 100 and planned["total"] > planned["runtime"], "torch alone takes more"
+    assert planned["total"] == pytest.approx(sum(size for name, size in planned.items() if name != "total"), abs=1)
+    assert "# runtime: Python, torch" in out and "max_length tokens" in out
     assert not (tmp_path / "run").exists()
 
 
