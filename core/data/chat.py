@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from core.data.example import IGNORED
 from core.data.example import Example as Example
 from core.data.rules import Row
+from core.data.turns import beginnings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+FEW = 4  # answers whose places are found by rendering the conversation up to each
 
 
 class Turn(Protocol):
@@ -82,7 +85,7 @@ def prompt_ids(messages: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> 
     """
     text = _render(messages, tokenizer, prompt=True)
     cuts = [cut for pair in _answers(messages, text, tokenizer) for cut in pair or ()]
-    return _tokens(text, cuts, tokenizer)[-1]
+    return _tokens(text, cuts, tokenizer)[0]
 
 
 def text_prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -128,9 +131,8 @@ def _chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
     answers = _answers(row.messages, text, tokenizer)
     assistant = [message for message in row.messages if message.role == "assistant"]
     cuts = [cut for pair in answers for cut in pair or ()]
-    prefixes = _tokens(text, cuts, tokenizer)
-    at = {cut: len(prefix) for cut, prefix in zip(cuts, prefixes, strict=False)}
-    ids, spans = prefixes[-1], []
+    ids, lengths = _tokens(text, cuts, tokenizer)
+    at, spans = dict(zip(cuts, lengths, strict=True)), []
     for message, pair in zip(assistant, answers, strict=True):
         if message.weight == 0:
             continue
@@ -149,35 +151,116 @@ def _answers(messages: Sequence[Turn], text: str, tokenizer: PreTrainedTokenizer
 
     None where the conversation up to there, rendered alone, is not how the text begins.
     """
+    places = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    spans = _watched(messages, places, text, tokenizer) if len(places) > FEW else None
+    if spans is None:
+        spans = {index: _rendered(messages, index, tokenizer, text) for index in places}
     result: list[tuple[int, int] | None] = []
     reached = 0
-    for index, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
-        before = _render(messages[:index], tokenizer, prompt=True)
-        after = _render(messages[: index + 1], tokenizer)
-        found = text.startswith(before) and text.startswith(after) and reached <= len(before) < len(after)
-        result.append((len(before), len(after)) if found else None)
-        reached = len(after) if found else reached
+    for index in places:
+        span = spans[index]
+        found = span is not None and reached <= span[0] < span[1]
+        result.append(span if found else None)
+        reached = span[1] if span is not None and found else reached
     return result
 
 
-def _tokens(text: str, cuts: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _rendered(
+    messages: Sequence[Turn], index: int, tokenizer: PreTrainedTokenizerBase, text: str
+) -> tuple[int, int] | None:
+    """One answer's place, by rendering the conversation before it and up to its end."""
+    before = _render(messages[:index], tokenizer, prompt=True)
+    after = _render(messages[: index + 1], tokenizer)
+    return (len(before), len(after)) if text.startswith(before) and text.startswith(after) else None
+
+
+def _watched(
+    messages: Sequence[Turn], places: Sequence[int], text: str, tokenizer: PreTrainedTokenizerBase
+) -> dict[int, tuple[int, int] | None] | None:
+    """Every answer's place from one rendering, or None where the template cannot be read so.
+
+    The first and the last answer behind each role, and the first of all, are rendered in full: they give what the
+    template puts before an answer, and must be found where the one rendering has them.
+    """
+    template = tokenizer.chat_template
+    if not isinstance(template, str):
+        return None
+    made = beginnings(
+        _turns(messages),
+        template,
+        {**tokenizer.special_tokens_map, "tools": None, "documents": None, "add_generation_prompt": False},
+    )
+    if made is None or not text.startswith(made[1]):
+        return None
+    starts = made[0]
+    samples = {places[0], places[-1]}
+    for ordered in (places, places[::-1]):
+        samples |= set({messages[index - 1].role: index for index in ordered if index > 0}.values())
+    opening: str | None = None
+    spans: dict[int, tuple[int, int] | None] = {}
+    for index in sorted(samples):
+        before, after = _render(messages[:index], tokenizer, prompt=True), _render(messages[: index + 1], tokenizer)
+        spans[index] = (len(before), len(after)) if text.startswith(before) and text.startswith(after) else None
+        if index == 0:
+            continue  # what a template writes before an answer to nobody need not be what it writes elsewhere
+        start, end = starts[index], starts[index + 1]
+        tail = before[start:]
+        if before[:start] != text[:start] or after != text[:end] or opening not in (None, tail):
+            return None
+        opening = tail
+    if opening is None:
+        return None
+    for index in places:
+        if index not in spans:
+            start, end = starts[index], starts[index + 1]
+            spans[index] = (start + len(opening), end) if text.startswith(opening, start) else None
+    return spans
+
+
+def _tokens(text: str, cuts: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Tokenize a text so that its tokens up to each cut never depend on what follows.
 
-    Returns the tokens up to each cut, and (last) of the whole text. Where tokenizing up to the next cut in one go
-    leaves the earlier tokens as they are, that is the result; elsewhere the piece between the cuts is tokenized alone.
+    Returns the tokens of the whole text, and how many lie before each cut. Where tokenizing up to the next cut
+    in one go leaves the earlier tokens as they are, that is the result; elsewhere the piece between them is tokenized
+    alone, and so is every later piece. "In one go" begins at the last special token before the piece: tokenizers split
+    there first, so what precedes it changes nothing behind it.
     """
-    result: list[list[int]] = []
+    specials = _strings(tokenizer)
     ids: list[int] = []
+    lengths: list[int] = []
     done = 0
+    crossed = False
+    first, place = 0, 0  # the last special token in `ids`: which token it is, and at which character
     for cut in (*cuts, len(text)):
         if cut > done:
-            whole = _plain(text[:cut], tokenizer)
-            ids = whole if whole[: len(ids)] == ids else ids + _plain(text[done:cut], tokenizer)
+            known = len(ids)
+            if crossed:
+                ids += _plain(text[done:cut], tokenizer)
+            else:
+                window = _plain(text[place:cut], tokenizer)
+                if window[: known - first] != ids[first:]:
+                    window, first = _plain(text[:cut], tokenizer), 0
+                    crossed = window[:known] != ids
+                if crossed:
+                    ids += _plain(text[done:cut], tokenizer)
+                else:
+                    ids[first:] = window
+                    first, place = _last_split(ids, known, text, cut, specials) or (first, place)
             done = cut
-        result.append(ids)
-    return result
+        lengths.append(len(ids))
+    return ids, lengths[:-1]
+
+
+def _last_split(
+    ids: Sequence[int], known: int, text: str, cut: int, specials: dict[int, str]
+) -> tuple[int, int] | None:
+    """The last special token among those behind ``known``: its index, and where it stands in the text."""
+    for index in range(len(ids) - 1, known - 1, -1):
+        if ids[index] in specials:
+            place = text.rfind(specials[ids[index]], 0, cut)
+            if place >= 0:
+                return index, place
+    return None
 
 
 def _pair(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
@@ -186,7 +269,7 @@ def _pair(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> t
             f"the tokenizer of {_name(tokenizer)} has no end-of-sequence token, so an answer could not end"
         )
     start = text_prompt_ids(prompt, tokenizer)
-    _, whole = _tokens(prompt + completion, [len(prompt)], tokenizer)
+    whole, _ = _tokens(prompt + completion, [len(prompt)], tokenizer)
     alone = len(_plain(prompt, tokenizer))
     ids = [*start, *whole[alone:], tokenizer.eos_token_id]
     return ids, [(len(start), len(ids))]
@@ -195,15 +278,16 @@ def _pair(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> t
 def _render(messages: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, prompt: bool = False) -> str:
     if not tokenizer.chat_template:
         raise ValueError(f"{_name(tokenizer)} has no chat template; use rows of prompt and completion instead")
-    turns = [
-        {"role": "system" if turn.role == "developer" else turn.role, "content": turn.content} for turn in messages
-    ]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
+        text = tokenizer.apply_chat_template(_turns(messages), tokenize=False, add_generation_prompt=prompt)
     except Exception as error:  # a template is a program of the model's: whatever it does is a verdict, not a crash
         reason = str(error)[:300] or type(error).__name__
         raise ValueError(f"the chat template of {_name(tokenizer)} refuses the conversation: {reason}") from error
     return str(text)
+
+
+def _turns(messages: Sequence[Turn]) -> list[dict[str, str]]:
+    return [{"role": "system" if turn.role == "developer" else turn.role, "content": turn.content} for turn in messages]
 
 
 def _plain(text: str, tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> list[int]:
@@ -232,6 +316,11 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
         added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         _SPECIAL[tokenizer] = frozenset(added | set(tokenizer.all_special_ids))
     return _SPECIAL[tokenizer]
+
+
+def _strings(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The special tokens that are split off before anything else is tokenized, as they stand in a text."""
+    return {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:
