@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -82,11 +82,11 @@ class SteeringVector:
         for layer, norm in self.norms.items():
             if layer not in self.directions:
                 raise VectorError(f"norms name layer {layer}, which has no direction")
-            if isinstance(norm, bool) or not isinstance(norm, int | float) or not math.isfinite(norm) or norm < 0:
+            if isinstance(norm, bool) or not isinstance(norm, int | float) or not 0 <= norm <= sys.float_info.max:
                 raise VectorError(f"layer {layer}: the norm must be a finite number >= 0")
         try:
             json.dumps(dict(self.metadata), allow_nan=False)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise VectorError(f"metadata must be plain JSON without NaN: {error}") from None
 
     @property

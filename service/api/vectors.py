@@ -221,7 +221,7 @@ def _store(db: Database, upload: uploads.Upload, identifier: str, key_id: str, l
         sha256=upload.sha256,
         key_id=key_id,
         created_at=int(time.time()),
-        metadata_={"norms": about.norms, **about.metadata},
+        metadata_={**about.metadata, "norms": about.norms},
     )
     os.replace(upload.path, final)
     try:

@@ -115,7 +115,7 @@ def _vector(job: Job, artifact: Path, home: Path, found: Results, now: float) ->
             job_id=job.id,
             key_id=job.key_id,
             created_at=int(now),
-            metadata_={"data_hash": about["data_hash"], "norms": about["norms"], **about["metadata"]},
+            metadata_={**about["metadata"], "data_hash": about["data_hash"], "norms": about["norms"]},
         )
     )
     found.values["result_vector"] = vector_id

@@ -20,6 +20,8 @@ SITES = ("block", "attention", "mlp")
 _TEXTS = {"site": 16, "fingerprint": 128, "base": 512, "method": 64, "data_hash": 128}
 _FIELDS = frozenset({*_TEXTS, "format", "norms", "metadata"})
 _PIECE = 1 << 20
+_METADATA_BYTES = 64 * 1024  # it stands in every list of vectors
+_METADATA_DEPTH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ def read_vector(path: Path, limit: int) -> VectorFile:
 
     Raises:
         ValueError: It is too large, no safetensors file, of another format, or holds NaN, infinity, another dtype,
-            differing widths, or text that is too long to keep.
+            differing widths, or text or metadata that is too long or too deep to keep.
     """
     size = path.stat().st_size
     if size > limit:
@@ -64,7 +66,7 @@ def read_vector(path: Path, limit: int) -> VectorFile:
     for layer, norm in norms.items():
         if not _is_index(layer) or int(layer) not in layers:
             raise ValueError(f"norms name layer {layer[:16]!r}, which has no direction")
-        if isinstance(norm, bool) or not isinstance(norm, int | float) or not math.isfinite(norm) or norm < 0:
+        if isinstance(norm, bool) or not isinstance(norm, int | float) or not 0 <= norm <= sys.float_info.max:
             raise ValueError(f"layer {layer}: the norm must be a finite number >= 0")
     for name, most in _TEXTS.items():
         if not isinstance(about[name], str) or len(about[name]) > most or "\x00" in about[name]:
@@ -72,8 +74,30 @@ def read_vector(path: Path, limit: int) -> VectorFile:
         about[name].encode()  # half a surrogate pair is no text; UnicodeEncodeError is a ValueError
     if about["site"] not in SITES:
         raise ValueError(f"unknown site {about['site']!r}; sites are {', '.join(SITES)}")
+    _check_metadata(metadata)
     texts = {name: about[name] for name in _TEXTS}
     return VectorFile(layers=layers, width=width, norms=norms, metadata=metadata, **texts)
+
+
+def _check_metadata(metadata: dict[str, Any]) -> None:
+    """Refuse what a database or an answer could not hold; depth is judged first and without recursion."""
+    level: list[Any] = [metadata]
+    for _ in range(_METADATA_DEPTH):
+        level = [
+            inner
+            for item in level
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+    if level:
+        raise ValueError(f"metadata must not be nested deeper than {_METADATA_DEPTH}")
+    try:
+        text = json.dumps(metadata, allow_nan=False, ensure_ascii=False)
+        size = len(text.encode())
+    except ValueError:
+        raise ValueError("metadata must be JSON without NaN, infinity and half surrogate pairs") from None
+    if size > _METADATA_BYTES or "\\u0000" in text.replace("\\\\", ""):
+        raise ValueError(f"metadata may have {_METADATA_BYTES} bytes and no NUL, this has {size} bytes")
 
 
 def _about(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from service.security import vector_file
@@ -37,6 +38,12 @@ def about(**changes: Any) -> Any:
     return change
 
 
+def about_of(data: bytes) -> str:
+    """The vector's own metadata, as text."""
+    text: str = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["gradhelm"]
+    return text
+
+
 GOOD = vector_bytes("sha256:1")
 CORPUS: dict[str, bytes] = {
     "good": GOOD,
@@ -64,6 +71,8 @@ CORPUS: dict[str, bytes] = {
     "norm negative": rewritten(GOOD, about(norms={"0": -1})),
     "norm text": rewritten(GOOD, about(norms={"0": "1"})),
     "norm bool": rewritten(GOOD, about(norms={"0": True})),
+    "norm of 400 digits": rewritten(GOOD, about(norms={"0": 10**400})),
+    "metadata infinite": rewritten(GOOD, about(metadata={"a": [math.inf]})).replace(b"Infinity", b"1e999999"),
     "norm key": rewritten(GOOD, about(norms={"00": 1})),
     "metadata list": rewritten(GOOD, about(metadata=[])),
     "no norms": rewritten(GOOD, about(norms={})),
@@ -135,3 +144,37 @@ def test_text_that_no_database_holds_is_refused(tmp_path: Path, field: str, text
     (tmp_path / "v").write_bytes(rewritten(GOOD, about(**{field: text})))
     with pytest.raises(ValueError, match=r"\w"):
         read_vector(tmp_path / "v", LIMIT)
+
+
+METADATA = {
+    "400 deep": '{"a": ' * 400 + "1" + "}" * 400,
+    "17 deep": '{"a": ' + "[" * 16 + "1" + "]" * 16 + "}",
+    "100 thousand deep": '{"a": ' * 100_000 + "1" + "}" * 100_000,
+    "half a surrogate pair": '{"a": ["\\ud800"]}',
+    "half a surrogate pair as a name": '{"a": {"\\udfff": 1}}',
+    "infinity": '{"a": 1e999}',
+    "NaN": '{"a": NaN}',
+    "NUL": '{"a": "\\u0000"}',
+    "65 KiB": '{"a": "' + "x" * 65 * 1024 + '"}',
+    "norms": '{"norms": {"0": 7.5}, "note": "\\\\u0000 and \\u00e9"}',
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+async def test_metadata_never_breaks_the_list_nor_hides_the_norms(client: httpx.AsyncClient, name: str) -> None:
+    text = json.dumps({**json.loads(about_of(GOOD)), "metadata": "HERE"}).replace('"HERE"', METADATA[name])
+    data = rewritten(GOOD, lambda header: header["__metadata__"].update(gradhelm=text))
+    answer = await client.post("/v1/steering/vectors/import", files={"file": ("v", data)})
+    listed = await client.get("/v1/steering/vectors")
+    assert listed.status_code == 200
+    if name == "norms":
+        assert answer.json()["metadata"] == {"norms": {"0": 1.0, "1": 1.0}, "note": "\\u0000 and \u00e9"}
+        assert listed.json()["data"] == [answer.json()]
+    else:
+        assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_vector", answer.text
+        assert listed.json()["data"] == []
+
+
+async def test_a_norm_of_400_digits_is_a_400(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/steering/vectors/import", files={"file": ("v", CORPUS["norm of 400 digits"])})
+    assert answer.status_code == 400 and "layer 0: the norm" in answer.json()["error"]["message"]
