@@ -14,6 +14,9 @@ from service.db.tables import Checkpoint, Job, JobEvent, Model
 from service.jobs.names import checkpoint_id
 from service.jobs.records import Event
 
+LONGEST_WAIT = 120.0
+"""Seconds; longer than any back-off. A job that would have to wait longer waits because the clock was set back."""
+
 _PLAIN: Any = {"synchronize_session": False}
 
 
@@ -117,10 +120,14 @@ def checkpoints_page(
     return session.scalars(query).all()
 
 
+def _due(now: float) -> ColumnElement[bool]:
+    return (Job.not_before <= now) | (Job.not_before > now + LONGEST_WAIT)
+
+
 def _oldest_free(status: str, now: float) -> ScalarSelect[int]:
     return (
         select(Job.number)
-        .where(Job.status == status, Job.lease_token.is_(None), Job.not_before <= now)
+        .where(Job.status == status, Job.lease_token.is_(None), _due(now))
         .order_by(Job.number)
         .limit(1)
         .with_for_update(skip_locked=True)  # PostgreSQL; SQLite's BEGIN IMMEDIATE has the whole file already
@@ -227,7 +234,7 @@ def claimable(session: Session, now: float) -> set[str]:
     Returns:
         Among ``queued`` and ``validating_files``.
     """
-    free = (Job.lease_token.is_(None), Job.not_before <= now, Job.status.in_(("queued", "validating_files")))
+    free = (Job.lease_token.is_(None), _due(now), Job.status.in_(("queued", "validating_files")))
     return set(session.scalars(select(Job.status).where(*free).distinct()))
 
 

@@ -23,9 +23,11 @@ class Live:
     handle: Handle | None = None
     """The process; None while it could not be started yet."""
     asked_to_stop: bool = False
-    """SIGTERM was sent by this scheduler, or by the one before it."""
+    """SIGTERM was sent by this scheduler."""
+    stop_by: float = 0.0
+    """Then SIGKILL is due. This and ``not_before`` are on the monotonic clock: the other may be set back."""
     not_before: float = 0.0
-    """After a start that failed: not tried again earlier, seconds since the epoch."""
+    """After a start that failed: not tried again earlier."""
 
     failures: int = 0
     """Looks in a row that ended in the same error of our own."""

@@ -92,6 +92,7 @@ class Scheduler:
         self.store, self.executor, self.home = store, executor, home
         self.options = options or Options()
         self.clock: Callable[[], float] = store.clock
+        self.elapsed: Callable[[], float] = time.monotonic
         self._lock = FolderLock(home) if owner is None else None
         self._owner = owner or ""
         self._draw = draw or random.Random()
@@ -215,7 +216,7 @@ class Scheduler:
         jobs = self.store.take_over(self._owner, self.options.lease_seconds, own=self._adopting)
         self._adopting = False
         for job in jobs:
-            live = Live(job.id, job.lease_token or "", phase_of(job), asked_to_stop=job.stop_deadline is not None)
+            live = Live(job.id, job.lease_token or "", phase_of(job))
             self._live[job.id] = live
             self._safely(self._adopt, live, job)
 
@@ -248,7 +249,7 @@ class Scheduler:
 
     def _launch(self, live: Live, job: Job) -> None:
         """Start the process of a claimed job; what cannot be started now is tried again."""
-        now = self.clock()
+        now = self.elapsed()
         if now < live.not_before:
             return
         try:
@@ -334,6 +335,10 @@ class Scheduler:
                 self._launch(live, job)
             return
         status = self.executor.poll(live.handle)  # before the events: all that an ended run said is then there
+        if isinstance(status, Gone):  # its supervisor is; what it started may live on, and is ended
+            status = self.executor.recover(live.directory(self.home), job.id)
+            if isinstance(status, Running):
+                live.handle = status.handle
         job = self._catch_up(live, job)
         if not isinstance(status, Running):
             self._ended(live, job, status)
@@ -351,14 +356,18 @@ class Scheduler:
     def _press(self, live: Live, job: Job) -> None:
         """First ask, then, after the grace time, end every process."""
         assert live.handle is not None
-        now = self.clock()
         if live.phase == "validation":
             self.executor.kill(live.handle)  # nothing to save
-        elif not live.asked_to_stop:
+            return
+        if not live.asked_to_stop:
+            now, grace = self.clock(), job.grace_seconds
+            if job.stop_deadline is None:  # written first: what cannot be written now is not yet asked
+                self.store.apply(job.id, token=live.token, values={"stop_deadline": now + grace})
+            else:  # asked by the server before this one, or it was about to; a second SIGTERM says nothing new
+                grace = min(max(job.stop_deadline - now, 0.0), grace)
             self.executor.terminate(live.handle)
-            live.asked_to_stop = True
-            self.store.apply(job.id, token=live.token, values={"stop_deadline": now + job.grace_seconds})
-        elif job.stop_deadline is None or now >= job.stop_deadline:
+            live.asked_to_stop, live.stop_by = True, self.elapsed() + grace
+        if self.elapsed() >= live.stop_by:
             left = self.executor.kill(live.handle)
             if left:
                 log.warning("%s: %d processes are still alive", job.id, left)

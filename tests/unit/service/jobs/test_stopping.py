@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from service.db.engine import DatabaseBusy
+from service.executors.base import Gone, Running
 from tests.unit.service.jobs.world import World
 
 
@@ -75,3 +77,117 @@ def test_cancel_during_validation(world: World) -> None:
     assert world.store.request_cancel(job_id).status == "cancelling"
     world.tick(2)
     assert world.status(job_id) == "cancelled" and not world.alive()
+
+
+def test_what_outlives_its_supervisor_is_ended_before_the_job_is_over(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = world.running()
+    ended: list[str] = []
+
+    def recover(directory: object, asked: str) -> Gone:
+        ended.append(asked)  # as the local executor does: what it does not adopt, it ends
+        return Gone(1)
+
+    monkeypatch.setattr(world.executor, "recover", recover)
+    world.store.request_cancel(job_id)
+    world.executor.vanish(world.folder(job_id))
+    world.tick()
+    assert world.status(job_id) == "cancelled" and ended == [job_id]
+
+
+def test_a_newer_start_found_then_is_looked_after(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = world.running()
+    (handle,) = world.alive()
+    monkeypatch.setattr(world.executor, "poll", lambda handle: Gone(handle.attempt))
+    world.tick()
+    assert world.status(job_id) == "running" and world.executor.recover(world.folder(job_id), job_id) == Running(handle)
+
+
+def test_a_busy_database_does_not_cost_the_grace_time(world: World) -> None:
+    world.on_term = None
+    job_id = world.running()
+    world.store.request_cancel(job_id)
+    apply, world.store.apply = world.store.apply, _busy  # type: ignore[method-assign]
+    world.tick(3)
+    assert world.alive()
+    world.store.apply = apply  # type: ignore[method-assign]
+    world.tick(2)
+    assert world.alive() and world.job(job_id).stop_deadline == world.clock() + 10
+    world.clock.now += 9
+    world.tick()
+    assert world.alive()
+    world.clock.now += 1
+    world.tick(2)
+    assert world.status(job_id) == "cancelled" and not world.alive()
+
+
+def _busy(*_args: object, **_more: object) -> None:
+    raise DatabaseBusy("locked")
+
+
+def test_a_stop_that_was_written_and_never_sent_is_sent_by_the_next_server(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = world.running()
+    world.store.request_pause(job_id)
+    with monkeypatch.context() as killed:
+        killed.setattr(world.executor, "terminate", _fails)
+        world.tick()
+    assert world.job(job_id).stop_deadline is not None and world.alive()
+    world.restart()
+    world.tick(2)
+    assert world.status(job_id) == "paused"
+    assert not any("SIGKILL" in line for line in world.messages(job_id))
+
+
+def _fails(*_args: object) -> None:
+    raise OSError("killed here")
+
+
+def test_a_clock_set_back_or_forward_moves_no_deadline(world: World) -> None:
+    world.on_term = None
+    job_id = world.running()
+    world.store.request_cancel(job_id)
+    world.tick()
+    world.set_clock_back(-3600)
+    world.clock.now += 9
+    world.tick()
+    assert world.alive()
+    world.set_clock_back(7200)
+    world.clock.now += 1
+    world.tick(2)
+    assert world.status(job_id) == "cancelled" and not world.alive()
+
+
+def test_a_clock_set_back_under_a_server_that_was_replaced(world: World) -> None:
+    world.on_term = None
+    job_id = world.running()
+    world.store.request_cancel(job_id)
+    world.tick()
+    world.set_clock_back(3600)
+    world.restart()
+    world.tick()
+    world.clock.now += 10
+    world.tick(2)
+    assert world.status(job_id) == "cancelled"
+
+
+def test_a_retry_and_a_start_do_not_wait_for_the_clock_to_come_back(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = world.running()
+    world.finish(job_id, -9)
+    world.tick()
+    assert world.status(job_id) == "queued"
+    world.tick()
+    assert world.status(job_id) == "queued"  # its back-off
+    world.set_clock_back(3600)
+    with monkeypatch.context() as full:
+        full.setattr(world.executor, "submit", _fails)
+        world.tick(2)
+    assert world.status(job_id) == "running" and not world.alive()
+    world.set_clock_back(3600)
+    world.clock.now += 2
+    world.tick()
+    assert world.alive()

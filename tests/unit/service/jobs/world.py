@@ -50,6 +50,7 @@ class World:
 
     def __init__(self, store: JobStore, clock: Clock, home: Path, **options: Any) -> None:
         self.store, self.clock, self.home = store, clock, home
+        self.set_back = 0.0  # seconds by which the clock was set back; time itself went on
         self.options = Options(**options)
         self.verdict: dict[str, Any] | None = VERDICT
         self.validation_code: int | None = 0
@@ -59,7 +60,13 @@ class World:
         self.scheduler.open()
 
     def new_scheduler(self, owner: str = "me") -> Scheduler:
-        return Scheduler(self.store, self.executor, self.home, self.options, owner=owner, draw=random.Random(1))
+        scheduler = Scheduler(self.store, self.executor, self.home, self.options, owner=owner, draw=random.Random(1))
+        scheduler.elapsed = lambda: self.clock() + self.set_back
+        return scheduler
+
+    def set_clock_back(self, seconds: float) -> None:
+        self.clock.now -= seconds
+        self.set_back += seconds
 
     def _behave(self, argv: Sequence[str], directory: Path) -> Behaviour:
         if directory.name != "validation":
