@@ -70,34 +70,55 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> 
     return Example(row.line, ids[:max_length], labels[:max_length], total=len(ids))
 
 
-def prompt_ids(messages: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+class TooLong(ValueError):
+    """A prompt has more tokens than it may have; not all of it was tokenized.
+
+    Args:
+        tokens: how many were counted before the rest was left alone.
+        most: how many it may have.
+    """
+
+    def __init__(self, tokens: int, most: int) -> None:
+        super().__init__(f"the prompt has more than {tokens} tokens, the most allowed is {most}")
+        self.tokens = tokens
+
+
+def prompt_ids(messages: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, most: int | None = None) -> list[int]:
     """Tokens to generate an answer from; training and serving share this function.
 
     Args:
         messages: the conversation so far.
         tokenizer: the model's, with a chat template.
+        most: tokens beyond which the prompt is of no use; a prompt far beyond is not tokenized to its end.
 
     Returns:
-        The conversation with the generation prompt behind it.
+        The conversation with the generation prompt behind it; it may have a few more tokens than ``most``.
 
     Raises:
+        TooLong: far more than ``most`` tokens.
         ValueError: no chat template, or the template refuses the conversation.
     """
     text = _render(messages, tokenizer, prompt=True)
+    _check_length(text, most, tokenizer)
     cuts = [cut for pair in _answers(messages, text, tokenizer) for cut in pair or ()]
     return _tokens(text, cuts, tokenizer)[0]
 
 
-def text_prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def text_prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, *, most: int | None = None) -> list[int]:
     """Tokens to complete raw text from; training and serving share this function too.
 
     Args:
         prompt: any text.
         tokenizer: the model's.
+        most: as for ``prompt_ids``.
 
     Returns:
         The text's tokens, behind a beginning-of-sequence token if the tokenizer sets one.
+
+    Raises:
+        TooLong: far more than ``most`` tokens.
     """
+    _check_length(prompt, most, tokenizer)
     ids = _plain(prompt, tokenizer, special=True)
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token) else ids
 
@@ -119,6 +140,18 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     start = len(_render(probe[:1], tokenizer, prompt=True))
     ids = _plain(text[start:], tokenizer)
     return ids[_last_special(ids, 0, tokenizer)]
+
+
+def _check_length(text: str, most: int | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse what is far too long by its beginning: text of words has over a token in eight characters."""
+    if most is None:
+        return
+    size = 8 * most + 1024
+    while size < len(text):
+        tokens = len(_plain(text[:size], tokenizer))
+        if tokens > most + most // 16 + 64:  # where the beginning is cut, its tokens may differ from the whole text's
+            raise TooLong(tokens, most)
+        size *= 2
 
 
 class _Probe:

@@ -137,9 +137,9 @@ class BadRequest(EngineError):
 class ContextLengthExceeded(BadRequest):
     """400: prompt and answer do not fit the model's context."""
 
-    def __init__(self, context: int, prompt_tokens: int, max_tokens: int | None) -> None:
-        asked = f"{prompt_tokens} tokens in the prompt"
-        if max_tokens is not None:
+    def __init__(self, context: int, prompt_tokens: int, max_tokens: int | None, *, more: bool = False) -> None:
+        asked = f"{'more than ' if more else ''}{prompt_tokens} tokens in the prompt"
+        if max_tokens is not None and not more:
             asked = (
                 f"{prompt_tokens + max_tokens} tokens ({prompt_tokens} in the prompt, {max_tokens} in the completion)"
             )

@@ -96,11 +96,12 @@ class Scheduler:
             "steps": self.steps,
         }
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, prompt: list[int] | None = None) -> None:
         """Check a request wholly and put it in the queue.
 
         Args:
             request: for this model's base.
+            prompt: its prompt's tokens, where they are known.
 
         Raises:
             EngineError: 400, 422 or 429; nothing of the request is kept.
@@ -108,7 +109,8 @@ class Scheduler:
         held = len(self.waiting) + len(self.running) + (len(self._prefill.sequences) if self._prefill else 0)
         if held >= self.limits.rows + self.limits.waiting:
             raise EngineBusy(f"{held} requests are being answered or waiting, the most allowed. Try again shortly.")
-        prompt = encode(request, self.model.tokenizer)
+        if prompt is None:
+            prompt = encode(request, self.model.tokenizer, self.context)
         most = limit(request, len(prompt), self.context, self.limits.default_max_tokens)
         steering = None
         if request.steering is not None:

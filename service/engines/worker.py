@@ -1,7 +1,7 @@
 """The engine's process: ``python -m service.engines.worker FD PARENT_PID OPTIONS``, started by ``transformers_engine``.
 
 The main thread runs the batch. A second thread reads requests and cancellations from the socket, so that they are seen
-between two steps, and ends the process at once when the parent is gone.
+between two steps, and ends the process at once when the parent is gone. A third makes tokens of the requests' prompts.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from service.engines import wire
 from service.engines.base import EngineError, EngineUnavailable
+from service.engines.encoder import Encoder, Inbox
 
 if TYPE_CHECKING:
     from service.engines.scheduler import Event, Scheduler
@@ -35,12 +36,19 @@ def follow_parent(parent: int) -> None:
         os._exit(1)
 
 
-def read_frames(connection: socket.socket, inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
-    """Put messages into the inbox until the parent hangs up; then end the process, whatever it is doing."""
+def read_frames(connection: socket.socket, encoder: Encoder, inbox: Inbox) -> None:
+    """Take messages until the parent hangs up; then end the process, whatever it is doing.
+
+    Requests go to the encoder, which puts them into the inbox when they are tokens; cancellations overtake them there.
+    """
     try:
         with connection.makefile("rb") as stream:
             while head := stream.read(wire.HEAD.size):
-                inbox.put(json.loads(stream.read(wire.length(head))))
+                message = json.loads(stream.read(wire.length(head)))
+                if message["op"] == "generate":
+                    encoder.put(message)
+                else:
+                    inbox.put(message)
     finally:
         os._exit(0)
 
@@ -72,13 +80,13 @@ def _device(wanted: str) -> str:
     return wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def serve(scheduler: Scheduler, connection: socket.socket, inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
+def serve(scheduler: Scheduler, connection: socket.socket, encoder: Encoder, inbox: Inbox) -> None:
     """Run the batch for ever; waits without using the processor while there is nothing to do."""
     while True:
         events: list[Event] = []
         idle = not scheduler.busy
         while idle or not inbox.empty():
-            take(scheduler, inbox.get(), events)
+            take(scheduler, encoder, inbox.get(), events)
             idle = False
         if scheduler.busy:
             events += scheduler.step()
@@ -86,14 +94,19 @@ def serve(scheduler: Scheduler, connection: socket.socket, inbox: queue.SimpleQu
             connection.sendall(wire.frame(report(scheduler, events)))
 
 
-def take(scheduler: Scheduler, message: dict[str, Any], events: list[Event]) -> None:
+def take(scheduler: Scheduler, encoder: Encoder, message: dict[str, Any], events: list[Event]) -> None:
     """Do what a message asks; what goes wrong becomes that request's answer."""
     if message["op"] == "cancel":
-        scheduler.cancel(message["id"])
+        if not encoder.cancel(message["id"]):
+            scheduler.cancel(message["id"])
         return
-    request = wire.request_from_json(message["request"])
+    if not encoder.release(message["id"]):
+        return
+    request, prompt = message["request"], message["prompt"]
     try:
-        scheduler.submit(request)
+        if isinstance(prompt, EngineError):
+            raise prompt
+        scheduler.submit(request, prompt)
     except EngineError as error:
         events.append((request.id, error))
     except Exception:  # one request must not end the others
@@ -119,8 +132,9 @@ def main(argv: list[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # sent to the whole group: the parent drains, then hangs up
     connection = socket.socket(fileno=int(argv[0]))
-    inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    threading.Thread(target=read_frames, args=(connection, inbox), daemon=True).start()
+    inbox: Inbox = queue.SimpleQueue()
+    encoder = Encoder(inbox)
+    threading.Thread(target=read_frames, args=(connection, encoder, inbox), daemon=True).start()
     try:
         scheduler = build(json.loads(argv[2]))
     except Exception as error:
@@ -129,7 +143,8 @@ def main(argv: list[str]) -> None:
         raise
     ready = {"op": "ready", "context": scheduler.context, "token_bytes": scheduler.model.token_bytes}
     connection.sendall(wire.frame(ready))
-    serve(scheduler, connection, inbox)
+    encoder.start(scheduler.model.tokenizer, scheduler.context)
+    serve(scheduler, connection, encoder, inbox)
 
 
 if __name__ == "__main__":
