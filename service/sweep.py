@@ -16,6 +16,7 @@ from pathlib import Path
 from sqlalchemy import Engine as Database
 from sqlalchemy import select
 
+from service.db import queries
 from service.db.engine import read
 from service.db.tables import File, Job, Vector
 from service.jobs import starts
@@ -59,6 +60,7 @@ def sweep(home: Path, db: Database, *, now: float | None = None) -> list[Path]:
         }
         over = {job_id: status in TERMINAL for job_id, status in session.execute(select(Job.id, Job.status))}
         started = session.scalars(select(Job).where(Job.start_kind.is_not(None), Job.status.in_(TERMINAL))).all()
+        served = {job.id for job in started if queries.serves(session, job.id)}
     live = {job_id.rpartition("-")[2] for job_id, ended in over.items() if not ended}
     ours = any(named[folder].intersection(names) for folder, names in found.items()) or any(
         job_directory(home, job_id).is_dir() for job_id in over
@@ -81,8 +83,8 @@ def sweep(home: Path, db: Database, *, now: float | None = None) -> list[Path]:
         path = job_directory(home, job_id)
         if ours and jobs[job_id] < before and starts.unwritten(path) and _put_aside(path, home):
             strays.append(path)
-    for job in started:  # cancelled before they ran, or ended in the moment of a kill
-        starts.over(job, home)
+    for job in started:  # cancelled before they ran, ended in the moment of a kill, or lost their last model
+        starts.over(job, home, served=job.id in served)
     if halves:
         log.warning("halves_removed", paths=[str(path.relative_to(home)) for path in halves])
     if strays:

@@ -1,9 +1,9 @@
-"""A folder as a tar, made while it is sent: nothing is buffered whole, and it says nothing about this machine."""
+"""Folders as a tar, made while it is sent: nothing is buffered whole, and it says nothing about this machine."""
 
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from starlette.responses import Response, StreamingResponse
@@ -18,20 +18,25 @@ def _header(name: str, size: int, mtime: int) -> bytes:
     return info.tobuf(tarfile.PAX_FORMAT)
 
 
-def pieces(folder: Path) -> Iterator[bytes]:
+def pieces(folders: Mapping[str, Path]) -> Iterator[bytes]:
     """The tar's bytes; regular files only, sorted, symbolic links left out.
 
     Args:
-        folder: Its files become members named relative to it.
+        folders: Their files become members named relative to them, behind the folder's key.
 
     Yields:
         bytes: headers, contents and padding, at most a megabyte at a time.
     """
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
-    for path in files:
+    files = [
+        (inside + path.relative_to(folder).as_posix(), path)
+        for inside, folder in folders.items()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.is_symlink()
+    ]
+    for name, path in files:
         with path.open("rb") as file:
             size = path.stat().st_size
-            yield _header(path.relative_to(folder).as_posix(), size, int(path.stat().st_mtime))
+            yield _header(name, size, int(path.stat().st_mtime))
             left = size
             while left:
                 piece = file.read(min(_PIECE, left))
@@ -43,11 +48,11 @@ def pieces(folder: Path) -> Iterator[bytes]:
     yield b"\0" * (2 * _BLOCK)
 
 
-def tar_of(folder: Path, name: str) -> Response:
-    """A streamed tar of a folder.
+def tar_of(folders: Mapping[str, Path], name: str) -> Response:
+    """A streamed tar of folders.
 
     Args:
-        folder: What to send.
+        folders: What to send, by what stands before the names in it.
         name: The model's id; characters that a file name should not have become `-`.
 
     Returns:
@@ -55,4 +60,4 @@ def tar_of(folder: Path, name: str) -> Response:
     """
     shown = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name)
     headers = {"Content-Disposition": f'attachment; filename="{shown}.tar"'}
-    return StreamingResponse(pieces(folder), media_type="application/x-tar", headers=headers)
+    return StreamingResponse(pieces(folders), media_type="application/x-tar", headers=headers)

@@ -18,7 +18,7 @@ from service.api.docs import errors_of
 from service.api.errors import APIError, bad_request
 from service.api.fine_tuning import known_id
 from service.api.model_names import ModelMissing
-from service.api.resolve import base_directory, target
+from service.api.resolve import base_directory, origin
 from service.api.schemas.common import Deleted
 from service.api.schemas.resources import Listing, ModelObject, PullModel
 from service.db.engine import read, write
@@ -26,16 +26,18 @@ from service.db.tables import Checkpoint, Job, Model
 from service.settings import Settings
 
 router = APIRouter(tags=["models"])
+_MADE = select(Model, Job.start).outerjoin(Job, Job.id == Model.job_id)
 
 
-def wire(row: Model) -> ModelObject:
-    """A made model's row as the wire shows it."""
+def wire(row: Model, start: str | None) -> ModelObject:
+    """A made model's row as the wire shows it, and what its job started from."""
     return ModelObject(
         id=row.id,
         created=row.created_at,
         owned_by="local",
         kind="merged" if row.kind == "merged" else "adapter",
         base=row.base,
+        start=start,
         job_id=row.job_id,
     )
 
@@ -47,21 +49,24 @@ def _base(name: str, settings: Settings) -> ModelObject:
 
 def _made(db: Database, name: str) -> ModelObject | None:
     with read(db) as session:
-        row = session.scalar(select(Model).where(Model.id == name))
-        if row is not None:
-            return wire(row)
+        made = session.execute(_MADE.where(Model.id == name)).first()
+        if made is not None:
+            return wire(*made)
         found = session.execute(
-            select(Checkpoint, Job.model).join(Job, Job.id == Checkpoint.job_id).where(Checkpoint.model_id == name)
+            select(Checkpoint, Job.model, Job.start)
+            .join(Job, Job.id == Checkpoint.job_id)
+            .where(Checkpoint.model_id == name)
         ).first()
     if found is None or not found[0].available:
         return None
-    checkpoint, base = found
+    checkpoint, base, start = found
     return ModelObject(
         id=name,
         created=checkpoint.created_at,
         owned_by="local",
         kind="merged" if checkpoint.kind == "merged" else "adapter",
         base=base,
+        start=start,
         job_id=checkpoint.job_id,
     )
 
@@ -71,7 +76,7 @@ def _made(db: Database, name: str) -> ModelObject | None:
 def list_models(db: Db, settings: Config) -> Listing[ModelObject]:
     """Every model that a request may name, checkpoints aside: bases first, then made ones, newest first."""
     with read(db) as session:
-        made = [wire(row) for row in session.scalars(select(Model).order_by(Model.number.desc()))]
+        made = [wire(*row) for row in session.execute(_MADE.order_by(Model.number.desc()))]
     data = [_base(name, settings) for name in available(settings.home)] + made
     return Listing[ModelObject](data=data, first_id=data[0].id if data else None, last_id=data[-1].id if data else None)
 
@@ -95,7 +100,11 @@ async def pull_model(request: Request, wanted: PullModel) -> ModelObject:
 )
 @needs("read")
 def get_model_content(model: str, db: Db, settings: Config) -> Response:
-    """The artifact of a made model as a tar: adapter or merged weights, manifest with sha256 sums, model card."""
+    """The artifact of a made model as a tar: adapter or merged weights, manifest with sha256 sums, model card.
+
+    An adapter that was trained on another job's whole weights comes with them, in `base/`: on the pulled base it would
+    be wrong without a sign of it.
+    """
     name = known_id(model) or ""
     made = _made(db, name)
     if made is None:
@@ -103,8 +112,11 @@ def get_model_content(model: str, db: Db, settings: Config) -> Response:
             base_directory(name, settings.home)
             raise bad_request("Only models that a job made can be downloaded, not their base.", param="model")
         raise ModelMissing(name)
-    found = target(db, settings.home, name)
-    return archive.tar_of(found.adapter or found.base, made.id)
+    found = origin(db, settings.home, name)
+    folders = {"": found.adapter or found.weights}
+    if found.adapter is not None and found.weights is not None:
+        folders["base/"] = found.weights
+    return archive.tar_of({inside: folder for inside, folder in folders.items() if folder is not None}, made.id)
 
 
 @router.get("/v1/models/{model:path}", response_model=ModelObject, responses=errors_of(404))

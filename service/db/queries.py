@@ -253,6 +253,21 @@ def model_id_taken(session: Session, job: Job, model_id: str) -> bool:
     return session.scalar(others) is not None
 
 
+def serves(session: Session, job_id: str) -> bool:
+    """Whether anything that a job made can be served: its model, or a checkpoint that retention has left.
+
+    Args:
+        session: any transaction.
+        job_id: the job.
+
+    Returns:
+        False: nobody needs the weights that its adapters were trained on.
+    """
+    made = select(Model.number).where(Model.job_id == job_id)
+    saved = select(Checkpoint.number).where(Checkpoint.job_id == job_id, Checkpoint.available)
+    return session.scalar(made.limit(1)) is not None or session.scalar(saved.limit(1)) is not None
+
+
 def put_checkpoint(session: Session, job: Job, row: Checkpoint) -> None:
     """Insert a checkpoint; a step that a resumed run saved again replaces its row (``ix_checkpoints_job_id_step``).
 

@@ -21,7 +21,8 @@ from typing import Any
 
 from core.config import ConfigError
 from core.events import read as read_events
-from service.db.engine import DatabaseBusy
+from service.db import queries
+from service.db.engine import DatabaseBusy, read
 from service.db.tables import Job
 from service.executors.base import AlreadyRunning, Executor, Exited, Gone, Running, StaleAttempt
 from service.jobs import logs, recovery, results, spec, starts, tail, validation
@@ -167,7 +168,8 @@ class Scheduler:
         for live in self._live.values():
             if live.handle is not None:
                 self.executor.terminate(live.handle)
-        while self._live and time.monotonic() < deadline:
+        # a job whose process could not be started yet has nothing to stop
+        while any(live.handle for live in self._live.values()) and time.monotonic() < deadline:
             self.tick()
             time.sleep(min(0.05, self.options.poll_seconds))
 
@@ -441,7 +443,9 @@ class Scheduler:
             )  # fmt: skip
         self._live.pop(job.id, None)
         if ending.target in TERMINAL:
-            starts.over(job, self.home)
+            with read(self.store.engine) as session:
+                served = queries.serves(session, job.id)
+            starts.over(job, self.home, served=served)
         assert ending.target not in ACTIVE
         self._wake.set()  # a slot is free
 

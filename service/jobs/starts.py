@@ -87,17 +87,19 @@ def unwritten(folder: Path) -> bool:
     return all(path.name.lstrip(".").partition(".")[0] in _PARTS for path in folder.iterdir())
 
 
-def over(job: Job, home: Path) -> None:
+def over(job: Job, home: Path, *, served: bool) -> None:
     """Let go of what a job that is over started from; weights stay that its own adapters are served on.
 
     Args:
         job: the job.
         home: the data folder.
+        served: whether a model of it, or a checkpoint that can be served, exists.
     """
     if job.start_kind is None:
         return
     shutil.rmtree(names.start_directory(home, job.id), ignore_errors=True)
-    if METHODS[job.method].makes != "adapter":
+    method = METHODS.get(job.method)  # None: this version knows it no more
+    if not served or (method is not None and method.makes != "adapter"):
         shutil.rmtree(names.base_directory(home, job.id), ignore_errors=True)
 
 

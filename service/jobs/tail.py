@@ -68,6 +68,7 @@ def translate(job: Job, batch: Sequence[Mapping[str, Any]]) -> Changes:
             changes.values |= _progress(event, time)
             longest = max(longest, _number(event.get("micro_batch_seconds")) or 0.0)
         elif kind == "artifact" and event.get("artifact") == "checkpoint":
+            changes.values |= _reached(event, changes.values.get("step", job.step))
             row = _checkpoint(job, event, time, metrics)
             if row is not None:
                 changes.checkpoints.append(row)
@@ -116,6 +117,12 @@ def _progress(event: Mapping[str, Any], time: float | None) -> dict[str, Any]:
     if save is not None and save >= 0:
         values["save_seconds"] = save
     return values
+
+
+def _reached(event: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """A resume goes on from a checkpoint, so its step is done, whether a progress event has said so yet or not."""
+    saved = _number(event.get("step"))
+    return {"step": int(saved)} if saved is not None and step < saved < 2**62 else {}
 
 
 def _checkpoint(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +148,25 @@ async def test_an_adapter_on_tuned_weights_is_served_and_continued_on_them(
     for route, body in ((ROUTE, {"training_file": "file-x"}), ("/v1/completions", {"prompt": "x"})):
         gone = await client.post(route, json={"model": name, **body})
         assert gone.status_code == 404 and gone.json()["error"]["code"] == "model_not_found"
+
+
+async def test_an_adapter_on_tuned_weights_names_them_and_is_exported_with_them(
+    app: FastAPI, client: httpx.AsyncClient, settings: Settings, base: str
+) -> None:
+    name, folder = put_result(app, settings.home, start_kind="merged")
+    app.state.store.apply(folder.parent.name, values={"start": "ft:tiny-llama:local::earlier"})
+    shown = (await client.get(f"/v1/models/{name}")).json()
+    (listed,) = [row for row in (await client.get("/v1/models")).json()["data"] if row["id"] == name]
+    assert shown == listed and (shown["base"], shown["start"]) == ("tiny-llama", "ft:tiny-llama:local::earlier")
+    answer = await client.get(f"/v1/models/{name}/content")
+    with tarfile.open(fileobj=io.BytesIO(answer.content)) as archive:
+        held = set(archive.getnames())
+    assert {"adapter_model.safetensors", "base/adapter_model.safetensors", "base/manifest.json"} <= held
+    plain, _ = put_result(app, settings.home)
+    answer = await client.get(f"/v1/models/{plain}/content")
+    with tarfile.open(fileobj=io.BytesIO(answer.content)) as archive:
+        assert not any(member.startswith("base/") for member in archive.getnames())
+    assert (await client.get(f"/v1/models/{plain}")).json()["start"] is None
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,10 @@ class ModelObject(Answer):
     created: int
     owned_by: str
     kind: Literal["base", "adapter", "merged"]
-    base: str | None = None
+    base: str | None = Field(default=None, description="The pulled model at its root.")
+    start: str | None = Field(
+        default=None, description="The model or checkpoint that its job started from, if not the base."
+    )
     job_id: str | None = None
 
 

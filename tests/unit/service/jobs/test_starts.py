@@ -6,10 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+from sqlalchemy import delete, update
 
+from service.db.engine import write
+from service.db.tables import Job, Model
 from service.jobs import names, recovery, starts
 from service.jobs.records import new_id
 from service.jobs.starts import Origin
+from service.sweep import sweep
 from tests.chaos.standin import put_adapter
 from tests.unit.service.jobs.world import World
 
@@ -24,12 +28,19 @@ def begin(world: World, tmp_path: Path, *, method: str = "lora", both: bool = Fa
     return world.running(id=job_id, method=method, start="ft:a", start_kind=origin.kind)
 
 
-@pytest.mark.parametrize(("method", "stays"), [("lora", True), ("full", False)])
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("saved", [False, True])
 @pytest.mark.parametrize("end", ["succeeded", "failed", "cancelled"])
 def test_it_goes_when_the_job_is_over_unless_adapters_stand_on_it(
-    world: World, tmp_path: Path, method: str, stays: bool, end: str
+    world: World, tmp_path: Path, method: str, saved: bool, end: str
 ) -> None:
     job_id = begin(world, tmp_path, method=method, both=True)
+    stays = method == "lora" and (saved or end == "succeeded")
+    if saved:
+        put_adapter(world.folder(job_id) / "checkpoints" / "step-00000001" / "adapter")
+        path = str(world.folder(job_id) / "checkpoints" / "step-00000001")
+        world.emit(job_id, {"kind": "artifact", "artifact": "checkpoint", "step": 1, "path": path})
+        world.tick()
     start, base = (place(world.home, job_id) for place in (names.start_directory, names.base_directory))
     assert start.is_dir() and base.is_dir()
     if end == "cancelled":
@@ -41,6 +52,24 @@ def test_it_goes_when_the_job_is_over_unless_adapters_stand_on_it(
     assert world.status(job_id) == end
     assert not start.exists()
     assert base.exists() == stays
+
+
+def test_a_start_of_the_server_lets_go_of_weights_whose_last_model_was_deleted(world: World, tmp_path: Path) -> None:
+    job_id = begin(world, tmp_path, both=True)
+    world.finish(job_id)
+    world.tick()
+    gone = begin(world, tmp_path, both=True)
+    world.finish(gone)
+    world.tick()
+    for folder in ("files", "vectors"):
+        (world.home / folder).mkdir(exist_ok=True)
+    with write(world.store.engine) as session:
+        session.execute(delete(Model).where(Model.job_id == gone))
+        # a method that this version knows no more: the start must not fail over it
+        session.execute(update(Job).values(method="forgotten"))
+    sweep(world.home, world.store.engine)
+    assert names.base_directory(world.home, job_id).is_dir()
+    assert not names.base_directory(world.home, gone).exists()
 
 
 def test_it_stays_for_a_retry_a_pause_and_a_restart(world: World, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from service.db.engine import DatabaseBusy
@@ -191,3 +193,29 @@ def test_a_retry_and_a_start_do_not_wait_for_the_clock_to_come_back(
     world.clock.now += 2
     world.tick()
     assert world.alive()
+
+
+def test_a_run_that_is_stopped_often_and_saves_in_between_goes_on(world: World) -> None:
+    """Progress is told every so many steps only; a checkpoint is a step forward too."""
+    job_id = world.running()
+    for step in range(1, 7):
+        world.emit(job_id, {"kind": "artifact", "artifact": "checkpoint", "step": step, "path": "x", "servable": False})
+        world.finish(job_id, 3)
+        world.tick(2)
+        assert (world.status(job_id), world.job(job_id).step) == ("running", step)
+    world.emit(job_id, {"kind": "artifact", "artifact": "checkpoint", "step": 2, "path": "x"})
+    world.tick()
+    assert world.job(job_id).step == 6
+    for _ in range(3):
+        world.finish(job_id, 3)
+        world.tick(2)
+    assert world.job(job_id).error_code == "run_stopped"
+
+
+def test_ending_the_runs_waits_for_no_job_without_a_process(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world.executor, "submit", _fails)
+    job_id = world.submit()
+    world.tick()
+    began = time.monotonic()
+    world.scheduler.stop(end_runs=True, seconds=5)
+    assert time.monotonic() - began < 2 and world.job(job_id).lease_token is not None
