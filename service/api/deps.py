@@ -15,7 +15,7 @@ from fastapi.routing import iter_route_contexts
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy import Engine as Database
 
-from service.api.errors import APIError
+from service.api.errors import BEARER, NO_KEY, APIError
 from service.api.parts import SchedulerLike
 from service.jobs.store import JobStore
 from service.metrics import Metrics
@@ -70,12 +70,7 @@ def guard(request: Request, credentials: Annotated[HTTPAuthorizationCredentials 
     identity = keys.identify(request.app.state.db, credentials.credentials) if credentials else None
     if identity is None:
         metrics.auth_failures.labels("key").inc()
-        raise APIError(
-            401,
-            "A valid API key is required: Authorization: Bearer gh-... (on this machine: $GRADHELM_HOME/admin.key).",
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
+        raise APIError(401, NO_KEY, code="invalid_api_key", headers=BEARER)
     if not identity.may(scope):
         metrics.auth_failures.labels("scope").inc()
         raise APIError(403, f"This key lacks the scope {scope!r}.", code="insufficient_scope")

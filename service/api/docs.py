@@ -16,6 +16,7 @@ _MEANING = {
     403: "The key lacks the scope, or Host or Origin are not allowed.",
     404: "There is no such thing.",
     405: "The method is not allowed.",
+    408: "The body stopped coming.",
     409: "A request with the same Idempotency-Key is in flight.",
     413: "The body is too large.",
     416: "The range is not in the file.",
@@ -26,7 +27,7 @@ _MEANING = {
     503: "Not now; see Retry-After.",
     507: "The disk is full.",
 }
-_EVERYWHERE = (400, 401, 403, 405, 413, 500, 503)
+_EVERYWHERE = (400, 401, 403, 405, 408, 413, 500, 503)
 _PUBLIC = (400, 403, 405, 413, 500)
 
 

@@ -32,6 +32,10 @@ log = logger(__name__)
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
+NO_KEY = "A valid API key is required: Authorization: Bearer gh-... (on this machine: $GRADHELM_HOME/admin.key)."
+BEARER = {"WWW-Authenticate": "Bearer"}
+
+
 class APIError(Exception):
     """An answer that is an error.
 
@@ -110,7 +114,14 @@ def _engine_error(_request: Request, error: Exception) -> Response:
     return JSONResponse(engine_body(error), status_code=error.status, headers=headers)
 
 
-_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
+_HTTP_CODES = {
+    401: "invalid_api_key",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+}
 
 
 def _http_error(request: Request, error: Exception) -> Response:

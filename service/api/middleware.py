@@ -1,29 +1,38 @@
-"""What every request passes before any route: an id, a log line, the Host and Origin check, a bound on its body.
+"""What every request passes before any route: an id, a log line, the Host and Origin check, bounds on its body.
 
 Plain ASGI, so streams pass through unbuffered and nothing is skipped for a route that forgot a dependency.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from uuid import uuid4
 
 import structlog
+from anyio import to_thread
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api import errors
+from service.api.deps import scope_of
+from service.db.engine import DatabaseBusy
 from service.log import logger
 from service.metrics import Metrics
+from service.security import keys
 from service.security.hosts import HostPolicy
 from service.security.keys import Identity
 
 log = logger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+BODY_SECONDS = 30.0
+"""Longest pause between two pieces of a body."""
+
 SECURITY_HEADERS: tuple[tuple[bytes, bytes], ...] = (
     (b"x-content-type-options", b"nosniff"),
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
@@ -98,7 +107,7 @@ class Gate:
             if refusal is not None:
                 await refusal(scope, receive, answer)
             else:
-                await self.app(scope, self._bounded(scope, receive), answer)
+                await self.app(scope, self._bounded(scope, headers, receive), answer)
         except Exception as error:
             response = errors.internal_error(request_id, error)
             if status == 0:
@@ -138,16 +147,38 @@ class Gate:
     def _too_large(self, scope: Scope) -> str:
         return f"The body is larger than the {self._limit(scope)} bytes that this route takes."
 
-    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
-        limit, read = self._limit(scope), 0
+    def _bounded(self, scope: Scope, headers: dict[str, list[str]], receive: Receive) -> Receive:
+        """The body: read for those who have a key only, up to a size, and without long pauses."""
+        limit, read, known, whole = self._limit(scope), 0, False, False
 
         async def counted() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, known, whole
+            if not known:
+                await to_thread.run_sync(self._identify, scope, headers)
+                known = True
+            try:
+                async with asyncio.timeout(None if whole else BODY_SECONDS):
+                    message = await receive()
+            except TimeoutError:
+                text = f"Nothing of the body came for {BODY_SECONDS:g} seconds. Send the request again."
+                raise HTTPException(408, text, headers={"Connection": "close"}) from None
             if message["type"] == "http.request":
+                whole = not message.get("more_body", False)
                 read += len(message.get("body", b""))
                 if read > limit:
                     raise HTTPException(413, self._too_large(scope), headers={"Connection": "close"})
             return message
 
         return counted
+
+    def _identify(self, scope: Scope, headers: dict[str, list[str]]) -> None:
+        """The framework reads a body before it asks the guard, which says whether the key may do what it asks."""
+        endpoint = scope.get("endpoint")
+        if "identity" in scope.get("state", {}) or (endpoint is not None and scope_of(endpoint) is None):
+            return
+        kind, _, key = headers.get("authorization", [""])[0].partition(" ")
+        with suppress(DatabaseBusy):  # the guard meets it again, and answers
+            if kind.lower() == "bearer" and keys.identify(scope["app"].state.db, key.strip()) is not None:
+                return
+            self.metrics.auth_failures.labels("key").inc()
+            raise HTTPException(401, errors.NO_KEY, headers={**errors.BEARER, "Connection": "close"})

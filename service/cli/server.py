@@ -12,6 +12,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from service.cli.connection import PatientProtocol
 from service.settings import Settings
 
 MARGIN_SECONDS = 1.0
@@ -31,6 +32,7 @@ class GracefulServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=PatientProtocol,
                 log_config=None,
                 access_log=False,
                 lifespan="off",  # ours, in serve_app: what goes wrong there must reach the caller
