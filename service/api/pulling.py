@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,7 @@ async def _child(name: str, home: Path, draining: Draining) -> dict[str, Any]:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env=environment,
+        start_new_session=True,  # it has a child of its own, which must end with it
     )
     work = asyncio.create_task(process.communicate())
     stop = asyncio.create_task(draining.begun.wait())
@@ -78,7 +81,8 @@ async def _child(name: str, home: Path, draining: Draining) -> dict[str, Any]:
     finally:
         stop.cancel()
         if process.returncode is None:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
             work.cancel()
     lines = out.decode("utf-8", "replace").splitlines()

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
+import os
+import signal
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
+from service.api import pulling
+from service.api.drain import Draining
+from service.api.errors import APIError
 from service.db.engine import write
 from service.db.tables import Checkpoint, Model
 from service.settings import Settings
@@ -148,6 +155,28 @@ async def test_a_merged_model_is_its_own_base(
 async def test_pulling_what_is_here_answers_at_once(client: httpx.AsyncClient, base: str) -> None:
     answer = await client.post("/v1/models/pull", json={"model": base})
     assert answer.status_code == 200 and answer.json()["id"] == base
+
+
+async def test_a_pull_that_is_left_ends_with_all_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, written = tmp_path / "python", tmp_path / "pid"
+    script.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {written}.part; mv {written}.part {written}; wait\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(pulling, "sys", SimpleNamespace(executable=str(script)))
+    draining = Draining(1.0)
+    work = asyncio.create_task(pulling.pull("tiny-llama", tmp_path, draining))
+    while not written.exists():
+        assert not work.done()
+        await asyncio.sleep(0.01)
+    draining.begin()
+    with pytest.raises(APIError, match="pull again"):
+        await asyncio.wait_for(work, 10)
+    status = Path(f"/proc/{written.read_text().strip()}/stat")
+    for _ in range(500):
+        if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        await asyncio.sleep(0.01)
+    os.kill(int(written.read_text()), signal.SIGKILL)
+    pytest.fail("the grandchild lives on")
 
 
 @pytest.mark.slow
