@@ -34,7 +34,7 @@ class RowCache:
 
     Args:
         layers: number of layers that will call ``update``.
-        rows: rows of capacity to start with; doubled when more are needed.
+        rows: rows of capacity to start with.
         device: of the keys and values; the CPU by default.
     """
 
@@ -148,6 +148,13 @@ class RowCache:
             self._keys, self._values = [None] * len(self._keys), [None] * len(self._values)
             self._rows, self._columns = 1, 0
 
+    @torch.inference_mode()
+    def trim(self) -> None:
+        """Let go of the rows and blocks of columns that rows which left had needed."""
+        rows, columns = len(self.lengths), -(-max(self.lengths, default=0) // BLOCK) * BLOCK
+        if rows and (rows < self._rows or columns < self._columns):
+            self._resize(rows, columns)
+
     def _write(self, buffers: list[Tensor | None], new: Tensor, layer: int, plan: _Plan) -> Tensor:
         buffer = buffers[layer]
         if buffer is None:
@@ -172,13 +179,17 @@ class RowCache:
     def _reserve(self, rows: int, columns: int) -> None:
         if rows <= self._rows and columns <= self._columns:
             return
-        while self._rows < rows:
-            self._rows *= 2
-        if columns > self._columns:
-            # An eighth more, so that a long row is not copied for every block it gains.
-            self._columns = -(-max(columns, self._columns + self._columns // 8) // BLOCK) * BLOCK
+        # Exactly what is needed: the limit on bytes counts rows in use. A row is copied once for every block it gains,
+        # and read once for every token of the block.
+        self._resize(rows, -(-columns // BLOCK) * BLOCK if columns > self._columns else self._columns)
+
+    def _resize(self, rows: int, columns: int) -> None:
+        """Move what the rows in use hold into buffers of this size, layer by layer."""
+        self._rows, self._columns = rows, columns
+        width = max(self.lengths, default=0)
         for buffers in (self._keys, self._values):
             for layer, old in enumerate(buffers):
                 if old is not None:
                     grown = buffers[layer] = self._new(old)
-                    grown[: old.shape[0], :, : old.shape[2]] = old
+                    used = min(rows, old.shape[0])
+                    grown[:used, :, :width] = old[:used, :, :width]

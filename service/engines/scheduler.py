@@ -195,6 +195,7 @@ class Scheduler:
         if not chosen:
             return []
         try:
+            self._cache.trim()  # what the batch no longer uses is what these were found to fit into
             self._prefill = _Prefill(chosen, self.model.new_cache(len(chosen)))
         except Exception as error:
             log.exception("no cache for %d requests", len(chosen))

@@ -102,6 +102,20 @@ def test_rows_wait_until_their_keys_and_values_fit(llama: Kit) -> None:
     assert most == 2
 
 
+def test_keys_and_values_never_take_more_than_they_may(llama: Kit) -> None:
+    limit = 9 * BLOCK * llama.model.token_bytes
+    scheduler, dice, most = llama.scheduler(cache_bytes=limit), random.Random(3), 0
+    for step in range(700):
+        if step < 500 and step % 6 == 0:
+            long = dice.random() < 0.2
+            words, tokens = (dice.randint(60, 110), 200) if long else (dice.randint(1, 9), dice.randint(2, 60))
+            sampling = Sampling(temperature=0, max_tokens=tokens)
+            scheduler.submit(llama.request(f"{step}", "late order " * words, sampling=sampling))
+        scheduler.step()
+        most = max(most, scheduler.stats()["cache_bytes"])
+    assert limit / 2 < most <= limit
+
+
 def test_a_long_prompt_does_not_hold_up_the_rows_that_generate(llama: Kit) -> None:
     scheduler = llama.scheduler(prefill_tokens=32)
     scheduler.submit(llama.request("short", "hello", sampling=LONG))
