@@ -24,7 +24,8 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
         self.counts: Counter[int] = Counter()  # generated tokens, for the penalties
-        self._random = random.Random(randbits(64) if sampling.seed is None else sampling.seed)
+        seed = randbits(64) if sampling.seed is None else sampling.seed
+        self._random = random.Random(seed if seed >= 0 else f"{seed}")  # of a number, Random takes the magnitude
 
     @property
     def greedy(self) -> bool:

@@ -72,6 +72,12 @@ def test_a_seed_gives_the_same_draws_whoever_is_beside_it() -> None:
     assert first != [choose(step[:1], [s])[0] for s in [sampler(8)] for step in rows]
 
 
+def test_a_seed_and_its_negative_draw_differently() -> None:
+    assert draws(Sampling(seed=7), 50) == draws(Sampling(seed=7), 50)
+    assert draws(Sampling(seed=7), 50) != draws(Sampling(seed=-7), 50)
+    assert draws(Sampling(seed=-7), 50) == draws(Sampling(seed=-7), 50)
+
+
 def test_logprobs_are_of_the_raw_distribution() -> None:
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
     made = logprobs(logits, [5, 6, 7], [None, 0, 3])
