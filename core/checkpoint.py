@@ -35,6 +35,7 @@ FORMAT = "gradhelm-checkpoint/1"
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _DEBRIS = ".tmp-"
+_REPLACED = "-replaced-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +129,15 @@ def load(path: Path, *, verified: bool = False) -> Checkpoint:
 def latest(root: Path) -> Path | None:
     """Find the newest checkpoint that verifies; anything half-written or altered is passed over.
 
+    One that a save was just replacing when it was killed is put back in its place first.
+
     Args:
         root: folder of all checkpoints of one run; may not exist.
 
     Returns:
         The folder of the checkpoint, or None.
     """
+    _put_back(root)
     return next((path for _, path in _steps(root) if damage(path) is None), None)
 
 
@@ -273,7 +277,7 @@ def _swap_in(hidden: Path, final: Path) -> None:
     if not final.exists():
         hidden.rename(final)
         return
-    replaced = final.with_name(f"{_DEBRIS}{os.getpid()}-replaced-{final.name}")
+    replaced = final.with_name(f"{_DEBRIS}{os.getpid()}{_REPLACED}{final.name}")
     final.rename(replaced)
     try:
         hidden.rename(final)
@@ -289,7 +293,18 @@ def _remove(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
+def _put_back(root: Path) -> None:
+    """Undo half a swap: a kill between its two renames leaves the folder that was replaced without its name."""
+    for path in root.glob(f"{_DEBRIS}*{_REPLACED}*"):
+        writer, _, name = path.name.removeprefix(_DEBRIS).partition(_REPLACED)
+        if (root / name).exists() or (writer != str(os.getpid()) and Path("/proc", writer).exists()):
+            continue  # swapped, or somebody else is at it just now
+        with contextlib.suppress(OSError):  # another rank was faster
+            path.rename(root / name)
+
+
 def _sweep(root: Path) -> None:
     """Clear what killed or failed saves left."""
+    _put_back(root)
     for path in root.glob(f"{_DEBRIS}*"):
         shutil.rmtree(path, ignore_errors=True)

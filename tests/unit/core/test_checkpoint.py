@@ -285,6 +285,33 @@ def test_debris_of_a_killed_save_is_passed_over_and_cleared(tmp_path: Path) -> N
     assert sorted(item.name for item in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
 
 
+def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path: Path) -> None:
+    save(tmp_path, step=1, tensors=TENSORS, state={"round": 0})
+    code = (
+        "import os, sys, torch; from pathlib import Path; from core import checkpoint\n"
+        "real = Path.rename\n"
+        "def rename(path, target):\n"
+        "    if path.name.endswith('step-00000002') and '-replaced-' not in path.name and path.name[0] == '.':\n"
+        "        if Path(target).parent.joinpath('second').exists():\n"
+        "            os._exit(9)\n"
+        "    return real(path, target)\n"
+        "Path.rename = rename\n"
+        "root = Path(sys.argv[1])\n"
+        "checkpoint.save(root, step=2, tensors={'w': torch.ones(2)}, state={'round': 1})\n"
+        "(root / 'second').touch()\n"
+        "checkpoint.save(root, step=2, tensors={'w': torch.ones(2)}, state={'round': 2})\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 9
+    assert not (tmp_path / "step-00000002").exists()
+    found = latest(tmp_path)
+    assert found == tmp_path / "step-00000002" and load(found).state == {"round": 1}
+    shutil.move(found, tmp_path / f".tmp-{2**22 + 1}-replaced-{found.name}")
+    save(tmp_path, step=3, tensors=TENSORS, state={})  # which clears what kills left
+    assert load(found).state == {"round": 1}
+    shutil.move(found, tmp_path / f".tmp-{os.getppid()}-replaced-{found.name}")
+    assert latest(tmp_path) == tmp_path / "step-00000003" and not found.exists(), "somebody is at it just now"
+
+
 def test_a_process_killed_while_saving_leaves_a_good_checkpoint(tmp_path: Path) -> None:
     code = (
         "import sys, torch; from pathlib import Path; from core.checkpoint import save, prune\n"
