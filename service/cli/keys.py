@@ -49,7 +49,7 @@ def settings_here() -> Settings:
 @contextmanager
 def database() -> Iterator[Engine]:
     """The job database of this machine, migrated; a server may be running on it."""
-    from service.db.engine import DatabaseBusy, connect, migrate
+    from service.db.engine import DatabaseBusy, DatabaseNewer, connect, migrate
 
     try:
         settings = settings_here()
@@ -60,7 +60,7 @@ def database() -> Iterator[Engine]:
             yield engine
         finally:
             engine.dispose()
-    except DatabaseBusy as error:
+    except (DatabaseBusy, DatabaseNewer) as error:
         raise CliError(f"{error}.") from error
     except OSError as error:
         raise CliError(

@@ -36,6 +36,10 @@ class DatabaseFull(DatabaseBusy):
     """The disk under the database is full. Nothing was written; free some space and try again (HTTP 503)."""
 
 
+class DatabaseNewer(RuntimeError):
+    """A newer version of this program has changed the schema; this one cannot know how to read it."""
+
+
 def connect(url: str | Path, *, busy_timeout_ms: int = BUSY_TIMEOUT_MS) -> Engine:
     """Open a database.
 
@@ -44,7 +48,8 @@ def connect(url: str | Path, *, busy_timeout_ms: int = BUSY_TIMEOUT_MS) -> Engin
         busy_timeout_ms: how long a SQLite writer waits for another one, milliseconds.
 
     Returns:
-        An engine; SQLite connections get WAL, foreign keys, ``synchronous=NORMAL`` and the busy timeout.
+        An engine; SQLite connections get WAL, foreign keys, ``synchronous=NORMAL`` (but see ``write``) and the busy
+        timeout.
     """
     if isinstance(url, Path):
         url = f"sqlite:///{url}"
@@ -73,6 +78,9 @@ def connect(url: str | Path, *, busy_timeout_ms: int = BUSY_TIMEOUT_MS) -> Engin
     @event.listens_for(engine, "begin")
     def _on_begin(connection: Connection) -> None:
         writes = connection.get_execution_options().get("gradhelm_write", False)
+        if writes:
+            durable = connection.get_execution_options().get("gradhelm_durable", False)
+            connection.exec_driver_sql(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
@@ -97,11 +105,13 @@ def read(engine: Engine) -> Iterator[Session]:
 
 
 @contextmanager
-def write(engine: Engine) -> Iterator[Session]:
+def write(engine: Engine, *, durable: bool = False) -> Iterator[Session]:
     """One write transaction, committed at the end, rolled back on any exception. Keep it short.
 
     Args:
         engine: from ``connect``.
+        durable: it has reached the disk when this ends, with all before it: for what a client is told is done. Without
+            it, SQLite may lose the last moments in a power cut (never in a kill), whole transactions of them.
 
     Yields:
         A session; its objects stay usable after the commit.
@@ -112,7 +122,7 @@ def write(engine: Engine) -> Iterator[Session]:
     with (
         _turn(engine),
         _translated(),
-        engine.connect().execution_options(gradhelm_write=True) as connection,
+        engine.connect().execution_options(gradhelm_write=True, gradhelm_durable=durable) as connection,
         connection.begin(),
         Session(connection, expire_on_commit=False) as session,
     ):
@@ -163,13 +173,26 @@ def migrate(engine: Engine, revision: str = "head") -> None:
     Args:
         engine: from ``connect``.
         revision: alembic revision to upgrade to.
+
+    Raises:
+        DatabaseBusy: as ``write``.
+        DatabaseNewer: it has a revision that this version does not know.
     """
     from alembic import command
     from alembic.config import Config
+    from alembic.runtime.migration import MigrationContext
+    from alembic.script import ScriptDirectory
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.set_main_option("path_separator", "os")
     with _translated(), engine.connect().execution_options(gradhelm_write=True) as connection, connection.begin():
+        known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+        found = MigrationContext.configure(connection).get_current_revision()
+        if found is not None and found not in known:
+            raise DatabaseNewer(
+                f"the database was written by a newer version of gradhelm (schema {found}, known are up to {max(known)}"
+                "): start that version, or name another data folder in GRADHELM_HOME"
+            )
         config.attributes["connection"] = connection
         command.upgrade(config, revision)

@@ -63,7 +63,7 @@ class JobStore:
             IdempotencyInFlight: the key's first request has not been answered yet (409).
         """
         now = self.clock()
-        with write(self.engine) as session:
+        with write(self.engine, durable=True) as session:
             if idempotency_key is not None:
                 earlier = idempotency.enter(session, new.key_id, idempotency_key, new.body_hash, reservation, now)
                 if isinstance(earlier, Job):

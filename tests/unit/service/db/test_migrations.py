@@ -13,10 +13,13 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, insert, select, text
+from sqlalchemy import Engine, event, insert, select, text
 
-from service.db.engine import DatabaseBusy, connect, migrate, read, write
+from service.db.engine import DatabaseBusy, DatabaseNewer, connect, migrate, read, write
 from service.db.tables import Base, Job, JobEvent
+from service.jobs.records import Event
+from service.jobs.store import JobStore
+from tests.unit.service.jobs.world import new_job
 
 MIGRATIONS = Path(connect.__code__.co_filename).parent / "migrations"
 REVISIONS = [script.revision for script in ScriptDirectory(str(MIGRATIONS)).walk_revisions()][::-1]
@@ -208,3 +211,26 @@ def test_postgresql_has_the_same_schema_and_claims_once(postgres: str) -> None:
         assert outcomes.count(IdempotencyInFlight) == 3, outcomes
         assert sum(isinstance(outcome, str) for outcome in outcomes) == 1, outcomes
     engine.dispose()
+
+
+def test_a_database_of_a_newer_version_is_refused_in_words(engine: Engine) -> None:
+    migrate(engine)
+    with engine.connect() as connection, connection.begin():
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(DatabaseNewer, match=r"newer version .*schema 9999, known are up to \d+\): start that version"):
+        migrate(engine)
+
+
+def test_a_job_that_was_accepted_is_on_the_disk_and_what_only_watches_is_not_waited_for(engine: Engine) -> None:
+    migrate(engine)
+    store, said = JobStore(engine), []
+
+    def heard(_connection: object, _cursor: object, statement: str, *_more: object) -> None:
+        said.extend([statement] if "synchronous" in statement else [])
+
+    event.listen(engine, "before_cursor_execute", heard)
+    job_id = store.create(new_job()).job.id
+    store.append_event(job_id, Event("x"))
+    assert said == ["PRAGMA synchronous=FULL", "PRAGMA synchronous=NORMAL"]
+    with write(engine, durable=True) as session:
+        assert session.execute(text("PRAGMA synchronous")).scalar_one() == 2
