@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import FileResponse
 from sqlalchemy import Engine as Database
 from sqlalchemy import delete, or_, select
 
@@ -17,6 +16,7 @@ from core.data.source import looks_like_json_lines
 from service.api.deps import Caller, Config, Counts, Db, needs
 from service.api.docs import errors_of
 from service.api.errors import APIError, bad_request, not_found
+from service.api.ranges import FileContent
 from service.api.schemas.common import Deleted
 from service.api.schemas.resources import FileObject, Listing
 from service.db.engine import read, write
@@ -187,7 +187,7 @@ def get_file(file_id: str, db: Db) -> FileObject:
 
 @router.get(
     "/v1/files/{file_id}/content",
-    response_class=FileResponse,
+    response_class=FileContent,
     responses={
         200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
         206: {"description": "A part of the file."},
@@ -195,13 +195,13 @@ def get_file(file_id: str, db: Db) -> FileObject:
     },
 )
 @needs("read")
-def get_file_content(file_id: str, db: Db, settings: Config) -> FileResponse:
+def get_file_content(file_id: str, db: Db, settings: Config) -> FileContent:
     """The file's bytes; a job's `result_files[0]` is the CSV of its step metrics."""
     row = find(db, file_id)
     path = inside(settings.home / "files", row.id)
     if not path.is_file():
         raise not_found("file content", file_id, param="file_id", code="file_not_found")
-    return FileResponse(path, media_type="application/octet-stream", filename=row.filename)
+    return FileContent(path, media_type="application/octet-stream", filename=row.filename)
 
 
 @router.delete("/v1/files/{file_id}", response_model=Deleted, responses=errors_of(404))

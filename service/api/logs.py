@@ -15,11 +15,11 @@ from anyio import to_thread
 from fastapi import APIRouter, Header, Query, Request
 from starlette.responses import Response, StreamingResponse
 
-from service.api import streams
+from service.api import ranges, streams
 from service.api.deps import needs
 from service.api.docs import SSE, errors_of
 from service.api.drain import Draining
-from service.api.errors import APIError, bad_request
+from service.api.errors import bad_request
 from service.api.fine_tuning import known_id
 from service.api.follow import SETTLED, opened, paced
 from service.jobs import logs
@@ -28,7 +28,6 @@ from service.security.paths import inside
 
 router = APIRouter(tags=["fine-tuning"])
 PIECE = 64 * 1024
-_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})", re.ASCII)
 _TEXT = {"text/plain": {"schema": {"type": "string"}}, **SSE}
 
 
@@ -64,7 +63,7 @@ async def get_logs(
             offset = int(last_event_id)
         return opened(request, lambda: _follow(store, job.id, folder, offset, state.draining))
     first, end = await to_thread.run_sync(logs.span, folder)
-    start, stop, partial = _range(wanted, first, end)
+    start, stop, partial = ranges.chosen(wanted, first, end, what="log")
     headers = {"Accept-Ranges": "bytes"}
     if partial:
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{end}"
@@ -76,35 +75,6 @@ async def get_logs(
     )
 
 
-def _range(wanted: str | None, first: int, end: int) -> tuple[int, int, bool]:
-    """Begin, end and whether it is a part; what is no single byte range is ignored, as HTTP says.
-
-    Args:
-        wanted: The Range header.
-        first: First byte that is there.
-        end: Where the log ends.
-
-    Returns:
-        First byte, one past the last byte, and whether it is a part.
-
-    Raises:
-        APIError: 416 when nothing of the range exists.
-    """
-    match = _RANGE.fullmatch(wanted) if wanted is not None else None
-    if match is None or (not match[1] and not match[2]):
-        return first, end, False
-    if match[1]:
-        start, stop = int(match[1]), min(end, int(match[2]) + 1) if match[2] else end
-    else:
-        start, stop = max(first, end - int(match[2])), end
-    start = max(start, first)
-    if start >= stop:
-        headers = {"Content-Range": f"bytes */{end}"}
-        message = f"The log has the bytes {first} to {end}; nothing of the range is there."
-        raise APIError(416, message, code="range_not_satisfiable", param="Range", headers=headers)
-    return start, stop, True
-
-
 def _pieces(folder: Path, start: int, stop: int) -> Iterator[bytes]:
     while start < stop:
         piece = logs.read(folder, start, min(PIECE, stop - start))
@@ -112,6 +82,16 @@ def _pieces(folder: Path, start: int, stop: int) -> Iterator[bytes]:
             return
         yield piece.data[: stop - piece.offset]
         start = piece.next
+
+
+def _characters(data: bytes) -> bytes:
+    """The bytes without the beginning of a UTF-8 character whose rest is yet to come, unless they are nothing else."""
+    for back in range(1, min(4, len(data))):
+        byte = data[-back]
+        if byte & 0xC0 != 0x80:  # the first byte of a character, which says how many there are
+            long = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC0 else 1
+            return data[:-back] if long > back else data
+    return data
 
 
 def _follow(
@@ -131,7 +111,7 @@ def _follow(
         whole = data.rfind(b"\n") + 1
         if whole == 0 and len(data) < PIECE and settled is None:
             return [], None
-        data = data[: whole or len(data)]
+        data = data[:whole] if whole else _characters(data)
         if not data:
             return [], settled
         position = piece.offset + len(data)

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import FileResponse
 from sqlalchemy import Engine as Database
 from sqlalchemy import case, delete, func, literal, select, tuple_
 
@@ -24,6 +23,7 @@ from service.api.docs import errors_of
 from service.api.errors import APIError, bad_request, not_found
 from service.api.files import body_of, declared_length
 from service.api.fine_tuning import IdempotencyKey, RetryCount, body_hash, check_data, listing, retries, submit
+from service.api.ranges import FileContent
 from service.api.resolve import check_base, check_blocks
 from service.api.schemas.common import Deleted
 from service.api.schemas.resources import FitVector, JobError, Listing, VectorObject
@@ -278,7 +278,7 @@ def get_vector(vector_id: str, db: Db) -> VectorObject:
 
 @router.get(
     "/v1/steering/vectors/{vector_id}/content",
-    response_class=FileResponse,
+    response_class=FileContent,
     responses={
         200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
         206: {"description": "A part of the file."},
@@ -286,7 +286,7 @@ def get_vector(vector_id: str, db: Db) -> VectorObject:
     },
 )
 @needs("read")
-def get_vector_content(vector_id: str, db: Db, settings: Config) -> FileResponse:
+def get_vector_content(vector_id: str, db: Db, settings: Config) -> FileContent:
     """The vector's safetensors file."""
     found = find(db, vector_id)
     if isinstance(found, Job):
@@ -294,7 +294,7 @@ def get_vector_content(vector_id: str, db: Db, settings: Config) -> FileResponse
     path = inside(settings.home / "vectors", f"{found.id}.safetensors")
     if not path.is_file():
         raise not_found("steering vector", vector_id, param="vector_id", code="vector_not_found")
-    return FileResponse(path, media_type="application/octet-stream", filename=f"{found.id}.safetensors")
+    return FileContent(path, media_type="application/octet-stream", filename=f"{found.id}.safetensors")
 
 
 @router.delete("/v1/steering/vectors/{vector_id}", response_model=Deleted, responses=errors_of(404))

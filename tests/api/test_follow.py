@@ -15,6 +15,7 @@ import psutil
 import pytest
 from fastapi import FastAPI
 
+from service.api.logs import PIECE
 from service.app import create_app
 from service.engines.fake import FakeEngine
 from service.jobs.logs import LogWriter
@@ -26,7 +27,11 @@ from tests.api.live import Live, serving
 
 
 def make_job(
-    store: JobStore, *, kind: Literal["fine_tuning", "steering_fit"] = "fine_tuning", training_file: str = "file-x"
+    store: JobStore,
+    *,
+    kind: Literal["fine_tuning", "steering_fit"] = "fine_tuning",
+    training_file: str = "file-x",
+    validation_file: str | None = None,
 ) -> str:
     """A job that nothing moves but the test."""
     new = NewJob(
@@ -37,6 +42,7 @@ def make_job(
         resolved={"n_epochs": "auto"},
         seed=1,
         training_file=training_file,
+        validation_file=validation_file,
         key_id="key",
         body_hash="0",
     )
@@ -190,6 +196,38 @@ async def test_a_stream_of_log_lines_is_taken_up_by_byte(
     assert "".join(one[2]["text"] for one in rest[:-1]).encode() == text[int(pieces[0][1] or 0) :]
     bad = await client.get(route, headers={"Last-Event-ID": "x"})
     assert bad.status_code == 400
+
+
+@pytest.mark.parametrize("character", ["\u00e9", "\u20ac", "\U0001f600"])
+@pytest.mark.parametrize("before", range(4))
+async def test_a_line_longer_than_a_piece_is_cut_between_characters_and_its_end_is_told(
+    app: FastAPI, client: httpx.AsyncClient, settings: Settings, character: str, before: int
+) -> None:
+    job = make_job(app.state.store)
+    folder = settings.home / "jobs" / job
+    folder.mkdir(parents=True)
+    text = "x" * before + character * (3 * PIECE // 2 // len(character.encode())) + " the last line has no end"
+    writer = LogWriter(folder)
+    writer.write(text.encode())
+    writer.close()
+    app.state.store.request_cancel(job)
+    pieces = sse((await client.get(f"/v1/fine_tuning/jobs/{job}/logs?stream=true")).text)
+    assert "".join(one[2]["text"] for one in pieces[:-1]) == text
+    assert len(pieces) == 3 and pieces[-1][0] == "done"
+
+
+async def test_bytes_that_are_no_text_do_not_hold_a_log_up(
+    app: FastAPI, client: httpx.AsyncClient, settings: Settings
+) -> None:
+    job = make_job(app.state.store)
+    folder = settings.home / "jobs" / job
+    folder.mkdir(parents=True)
+    writer = LogWriter(folder)
+    writer.write(b"\xf0\xff" * PIECE + b"\xf0")
+    writer.close()
+    app.state.store.request_cancel(job)
+    pieces = sse((await client.get(f"/v1/fine_tuning/jobs/{job}/logs?stream=true")).text)
+    assert pieces[-1][0] == "done" and int(pieces[-2][1] or 0) == 2 * PIECE + 1
 
 
 @pytest.fixture
