@@ -30,6 +30,7 @@ from core.data.stream import Stream
 from trainers import snapshot
 from trainers.batch import Collate
 from trainers.config import Run
+from trainers.dtype import resolve_dtype
 from trainers.errors import Interrupted, RunError
 from trainers.evaluation import evaluate
 from trainers.method import Attached
@@ -295,7 +296,7 @@ class Loop:
 
     def _non_finite(self, found: str, rows: str = "this step") -> RunError:
         kept = f"the checkpoint of step {self.saved_step} is kept" if self.saved_step else "none was saved yet"
-        hint = "" if self.config.dtype == "float32" else " or set dtype: float32"
+        hint = "" if resolve_dtype(self.config.dtype) == "float32" else " or set dtype: float32"
         return RunError(
             f"{found}, and {kept}. Lower learning_rate or clip_norm{hint}, or look for broken rows in {rows}",
             code="non_finite",

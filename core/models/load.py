@@ -126,6 +126,10 @@ def load_tokenizer(ref: ModelRef | str) -> PreTrainedTokenizerBase:
     return _tokenizer(resolve(ref))
 
 
+class Incomplete(ValueError):
+    """An adapter's file lacks weights that its settings ask for."""
+
+
 def attach(
     model: PreTrainedModel | PeftModel, adapter: Path, *, name: str = "default", is_trainable: bool = False
 ) -> Any:
@@ -142,20 +146,36 @@ def attach(
         The ``PeftModel``; the first adapter is the active one until the caller says otherwise.
 
     Raises:
+        Incomplete: if tensors are missing, for which PEFT would leave random numbers; the adapter is on the model then.
         ValueError: if the directory is refused or the name is taken.
     """
     from peft import PeftModel
 
     policy.check_adapter(adapter)
-    if isinstance(model, PeftModel):
-        if name in model.peft_config:
-            raise ValueError(f"the model has an adapter named {name!r} already")
-        model.load_adapter(str(adapter), adapter_name=name, is_trainable=is_trainable)
-        return model
+    if isinstance(model, PeftModel) and name in model.peft_config:
+        raise ValueError(f"the model has an adapter named {name!r} already")
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)  # refused below
         # PEFT 0.21 asks transformers 5.23 by a name that the latter is about to drop; goes with a PEFT that does not.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return PeftModel.from_pretrained(model, str(adapter), adapter_name=name, is_trainable=is_trainable)
+        if isinstance(model, PeftModel):
+            made = model
+            made.load_adapter(str(adapter), adapter_name=name, is_trainable=is_trainable)
+        else:
+            made = PeftModel.from_pretrained(model, str(adapter), adapter_name=name, is_trainable=is_trainable)
+    _check_complete(made, adapter, name)
+    return made
+
+
+def _check_complete(model: PeftModel, adapter: Path, name: str) -> None:
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        missing = sorted(wanted.keys() - set(file.keys()))
+    if missing:
+        raise Incomplete(f"it lacks {len(missing)} of {len(wanted)} tensors, for instance {missing[0]}")
 
 
 def restore_adapter(model: PeftModel, adapter: Path) -> None:

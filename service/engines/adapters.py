@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
-from core.models.load import Loaded, attach, check_adapter_base
+from core.models.load import Incomplete, Loaded, attach, check_adapter_base
 from core.models.policy import check_adapter
 from service.engines.base import BadRequest, EngineUnavailable
 
@@ -111,7 +111,8 @@ class Adapters:
         if check_adapter(directory).get("use_dora"):
             raise ValueError("a DoRA adapter cannot share a batch; it is served merged")
         check_shapes(directory, loaded.model)
-        # What fails from here on leaves layers half wrapped. No ValueError: that would blame the adapter for it.
+        # What fails from here on leaves layers half wrapped. No ValueError but of
+        # weights that are missing: that would blame the adapter for it.
         try:
             peft = attach(loaded.model if self._peft is None else self._peft, directory, name=name)
             peft.eval()
@@ -121,6 +122,8 @@ class Adapters:
                 self._take_out(name)
             except Exception as stuck:
                 raise AdapterStuck(f"half of the adapter {directory} is in the layers: {stuck}") from error
+            if isinstance(error, Incomplete):
+                raise
             raise RuntimeError(f"PEFT could not take the adapter {directory}") from error
         self._peft = peft
         return name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,12 +54,24 @@ def test_stops_at_the_first_non_finite_value_and_keeps_the_last_good_checkpoint(
     ) as caught:
         train("full", save_every=2, output_dir=str(tmp_path / "run"))
     assert caught.value.code == "non_finite"
-    assert "dtype: float32" in str(caught.value)
+    assert "dtype" not in str(caught.value), "the run computes in float32 already, as auto does here"
     path = checkpoint.latest(tmp_path / "run" / "checkpoints")
     assert path is not None
     kept = checkpoint.load(path)
     assert kept.step == 4
     assert all(value.isfinite().all() for value in kept.tensors.values())
+
+
+@pytest.mark.parametrize(("gpu", "hinted"), [(True, True), (False, False)])
+def test_advises_float32_only_where_something_else_is_used(
+    gpu: bool, hinted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainers.loop import Loop
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: gpu)
+    loop: Any = SimpleNamespace(saved_step=0, config=SimpleNamespace(dtype="auto"))
+    assert ("or set dtype: float32" in str(Loop._non_finite(loop, "the loss became nan"))) == hinted
 
 
 @pytest.mark.parametrize(("step", "kept"), [(0, []), (6, [2, 4])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from dataclasses import replace
@@ -276,6 +277,56 @@ def test_an_adapter_whose_shapes_do_not_fit_is_refused_before_a_layer_changes(ll
         error = answers[case].error
         assert error is not None and (error.status, error.code) == (400, "model_not_usable")
     assert answers["fine"].text == before.text
+
+
+def test_an_adapter_that_lacks_weights_is_refused_and_taken_out(llama: Kit, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from core.models.load import Incomplete, load
+    from service.engines.model import TransformersModel
+
+    target = Path(shutil.copytree(llama.adapters[0], tmp_path / "lacks"))
+    tensors = load_file(target / "adapter_model.safetensors")
+    gone = sorted(name for name in tensors if name.endswith("q_proj.lora_A.weight"))[0]
+    save_file({n: t for n, t in tensors.items() if n != gone}, target / "adapter_model.safetensors")
+    loaded = load(llama.base)
+    kit = replace(llama, loaded=loaded, model=TransformersModel(loaded))
+    try:
+        plain = run(kit.scheduler(), [kit.request("1", "hello")])["1"]
+        for first in (True, False):
+            error = run(kit.scheduler(), [kit.request("2", "hello", adapter=str(target))])["2"].error
+            assert error is not None and (error.status, error.code) == (400, "model_not_usable")
+            assert gone in error.message
+            assert len(kit.model.adapters) == (0 if first else 1)
+            assert run(kit.scheduler(), [kit.request("1", "hello")])["1"].logprobs == plain.logprobs
+            if first:
+                assert run(kit.scheduler(), [kit.request("3", "hello", adapter=kit.adapters[0])])["3"].error is None
+    finally:
+        kit.model.close()
+    with pytest.raises(Incomplete, match="it lacks 1 of 12 tensors"):
+        load(llama.base, adapter=target)
+
+
+def test_an_adapter_replaced_by_another_of_its_name_is_loaded_anew(llama: Kit, tmp_path: Path) -> None:
+    target = Path(shutil.copytree(llama.adapters[0], tmp_path / "replaced"))
+    weights, other = target / "adapter_model.safetensors", Path(llama.adapters[1]) / "adapter_model.safetensors"
+    about = weights.stat()
+    assert other.stat().st_size == about.st_size
+    asked = llama.request("1", "hello", adapter=str(target))
+    first = run(llama.scheduler(), [asked])["1"]
+    held = len(llama.model.adapters)
+    assert run(llama.scheduler(), [asked])["1"].logprobs == first.logprobs
+    assert len(llama.model.adapters) == held, "the same file is held once"
+    weights.write_bytes(other.read_bytes())
+    os.utime(weights, ns=(about.st_atime_ns, about.st_mtime_ns + 1))  # the time alone tells them apart
+    second = run(llama.scheduler(), [asked])["1"]
+    assert second.logprobs != first.logprobs
+    # The size alone: the first file's numbers behind a header with room in it, at the second one's time.
+    data = (Path(llama.adapters[0]) / "adapter_model.safetensors").read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    weights.write_bytes((header + 8).to_bytes(8, "little") + data[8 : 8 + header] + b" " * 8 + data[8 + header :])
+    os.utime(weights, ns=(about.st_atime_ns, about.st_mtime_ns + 1))
+    assert run(llama.scheduler(), [asked])["1"].logprobs == first.logprobs
 
 
 def test_chat_templates_roles_and_refusals(llama: Kit) -> None:
