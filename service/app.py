@@ -117,7 +117,8 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
     await to_thread.run_sync(_prepare, settings, state.db)
     await to_thread.run_sync(state.scheduler.start)
     await to_thread.run_sync(sweep, settings.home, state.db)  # the folder is locked now: what is half there is nobody's
-    log.info("started", home=str(settings.home), admin_key=str(settings.home / "admin.key"))
+    path = settings.home / "admin.key"
+    log.info("started", home=str(settings.home), admin_key=str(path) if path.is_file() else None)
     try:
         yield
     finally:
@@ -137,6 +138,11 @@ def _stop_scheduler(scheduler: SchedulerLike, settings: Settings) -> None:
 
 def _prepare(settings: Settings, db: Any) -> None:
     settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if settings.home.stat().st_mode & 0o077:  # made by somebody else, or before the server's first start
+        try:
+            settings.home.chmod(0o700)
+        except OSError as error:
+            log.warning("data_folder_open_to_others", home=str(settings.home), detail=str(error)[:200])
     for name in FOLDERS:
         (settings.home / name).mkdir(exist_ok=True)
     migrate(db)

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_MADE, _OLD = ".+made.", ".+old."
+"""Behind a folder's name; no model's name has a plus, so ``a`` never takes what belongs to ``a.0`` for its own."""
+
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
@@ -31,7 +34,7 @@ def appearing(directory: Path) -> Iterator[Path]:
     nothing remains of the new one.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    made = Path(tempfile.mkdtemp(prefix=f".{directory.name}{_MADE}", dir=directory.parent))
     try:
         made.chmod(0o755)
         yield made
@@ -39,7 +42,7 @@ def appearing(directory: Path) -> Iterator[Path]:
             _flush(file)
         _flush(made)
         if directory.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
+            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}{_OLD}", dir=directory.parent))
             directory.rename(old / directory.name)
             made.rename(directory)
             shutil.rmtree(old)
@@ -61,8 +64,8 @@ def once(directory: Path) -> Iterator[Path | None]:
         if (directory / "config.json").is_file():
             yield None
             return
-        for left in directory.parent.glob(f".{directory.name}.*"):
-            if left.is_dir():
+        for left in directory.parent.iterdir():
+            if left.is_dir() and left.name.startswith((f".{directory.name}{_MADE}", f".{directory.name}{_OLD}")):
                 shutil.rmtree(left)
         with appearing(directory) as fresh:
             yield fresh

@@ -93,7 +93,7 @@ class BarView:
 
     def __init__(self) -> None:
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
@@ -112,7 +112,7 @@ class BarView:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
         if self.settled:
-            out().print(self.settled)
+            out().print(Text(self.settled))
 
     def job(self, job: dict[str, Any]) -> None:
         """Status beside the bar."""
@@ -155,7 +155,7 @@ def make_view() -> LineView | BarView:
 
 def line(event: dict[str, Any]) -> str:
     """One event as one line."""
-    return f"{when(event.get('created_at'))}  {event.get('level', 'info'):<5}  {event.get('message', '')}"
+    return plain(f"{when(event.get('created_at'))}  {event.get('level', 'info'):<5}  {event.get('message', '')}")
 
 
 def summary(job: dict[str, Any]) -> str:
@@ -167,7 +167,12 @@ def summary(job: dict[str, Any]) -> str:
     error = job.get("error") or {}
     if error.get("message"):
         text += f"  {error.get('code')}: {error['message']}"
-    return text
+    return plain(text)
+
+
+def plain(text: str) -> str:
+    """What a run wrote, without characters that a terminal would obey; newlines and tabs stay."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
 
 
 class Patience:

@@ -25,6 +25,7 @@ from service.db.tables import ApiKey
 
 Scope = Literal["read", "jobs", "generate", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+_MADE = "admin.key, made at start"
 _FORMAT = re.compile(r"gh-[A-Za-z0-9_-]{43}")
 
 
@@ -102,11 +103,13 @@ def identify(engine: Engine, key: str) -> Identity | None:
     digest = _digest(key)
     with read(engine) as session:
         row = session.scalar(select(ApiKey).where(ApiKey.hash == digest))
-    if row is None or not hmac.compare_digest(row.hash, digest) or row.revoked_at is not None:
-        return None
-    if row.expires_at is not None and row.expires_at <= time.time():
+    if row is None or not hmac.compare_digest(row.hash, digest) or not _valid(row):
         return None
     return Identity(row.id, frozenset(str(scope) for scope in row.scopes))
+
+
+def _valid(row: ApiKey) -> bool:
+    return row.revoked_at is None and (row.expires_at is None or row.expires_at > time.time())
 
 
 def touch(engine: Engine, key_id: str) -> None:
@@ -123,16 +126,16 @@ def ensure_admin(engine: Engine, path: Path) -> bool:
         path: ``<home>/admin.key``.
 
     Returns:
-        Whether a new key was written: at the first start, or when the file is lost while no other admin key works, or
-        when it belongs to another database.
+        Whether a new key was written: at the first start, or when the file is lost while no admin key that somebody
+        made works, or when it belongs to another database. The key of a lost file is not revoked: it may be in use.
     """
     if path.is_file():
         identity = identify(engine, path.read_text(encoding="utf-8", errors="replace").strip())
         if identity is not None and identity.may("admin"):
             return False
-    elif any("admin" in row.scopes and row.revoked_at is None for row in listed(engine)):
+    elif any("admin" in row.scopes and row.name != _MADE and _valid(row) for row in listed(engine)):
         return False
-    _, key = create(engine, "admin.key, made at start", ["admin"])
+    _, key = create(engine, _MADE, ["admin"])
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     fresh.unlink(missing_ok=True)
     with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:

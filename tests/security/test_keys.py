@@ -19,6 +19,7 @@ from fastapi import FastAPI
 
 from service import log
 from service.app import create_app
+from service.db.engine import connect
 from service.engines.fake import FakeEngine
 from service.security import keys
 from service.settings import Settings
@@ -139,3 +140,40 @@ async def test_the_first_start_says_where_the_key_is_and_not_what_it_is(lines: i
     async with app.router.lifespan_context(app):
         text = (tmp_path / "fresh" / "admin.key").read_text().strip()
     assert str(tmp_path / "fresh" / "admin.key") in lines.getvalue() and text not in lines.getvalue()
+
+
+async def test_a_lost_admin_key_comes_back_unless_somebody_made_another(lines: io.StringIO, tmp_path: Path) -> None:
+    path = tmp_path / "home" / "admin.key"
+
+    async def start() -> tuple[bool, object]:
+        app = create_app(Settings(home=path.parent), engine=FakeEngine(), scheduler=IdleScheduler())
+        lines.truncate(0)
+        async with app.router.lifespan_context(app):
+            if path.is_file():
+                identity = keys.identify(app.state.db, path.read_text().strip())
+                assert identity is not None and identity.may("admin")
+        said = [json.loads(line) for line in lines.getvalue().replace("\x00", "").splitlines()]
+        return path.is_file(), next(one["admin_key"] for one in said if one["event"] == "started")
+
+    assert await start() == (True, str(path))
+    first = path.read_text()
+    path.unlink()
+    assert await start() == (True, str(path))
+    assert path.read_text() != first
+    engine = connect(f"sqlite:///{path.parent / 'gradhelm.db'}")
+    keys.create(engine, "expired", ["admin"], expires_at=1)
+    path.unlink()
+    assert await start() == (True, str(path))
+    keys.create(engine, "mine", ["admin"])
+    path.unlink()
+    assert await start() == (False, None)
+    engine.dispose()
+
+
+async def test_a_data_folder_that_others_can_open_is_closed_to_them(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o755)
+    home.chmod(0o755)
+    app = create_app(Settings(home=home), engine=FakeEngine(), scheduler=IdleScheduler())
+    async with app.router.lifespan_context(app):
+        assert home.stat().st_mode & 0o777 == 0o700

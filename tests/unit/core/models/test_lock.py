@@ -84,6 +84,19 @@ def test_what_a_killed_process_left_is_cleared_by_the_next(tmp_path: Path) -> No
     assert (target / "config.json").read_text() == "whole"
 
 
+def test_what_another_one_makes_beside_it_is_left_alone(tmp_path: Path) -> None:
+    """``m@v1`` begins while ``m@v1.0`` is on its way."""
+    with once(tmp_path / "m@v1.0") as longer:
+        assert longer is not None
+        (longer / "config.json").write_text("longer")
+        with once(tmp_path / "m@v1") as shorter:
+            assert shorter is not None
+            (shorter / "config.json").write_text("shorter")
+        assert (longer / "config.json").read_text() == "longer"
+    assert (tmp_path / "m@v1.0" / "config.json").read_text() == "longer"
+    assert (tmp_path / "m@v1" / "config.json").read_text() == "shorter"
+
+
 def start(script: str, *arguments: Path) -> subprocess.Popen[str]:
     argv = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

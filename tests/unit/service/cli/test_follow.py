@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from service.cli import follow
 from tests.unit.service.cli.conftest import Reply, Run, Script
@@ -160,3 +162,20 @@ def test_an_upload_is_taken_back_only_when_the_job_is_surely_refused(
     assert len(script.sent("DELETE /v1/files/file-9")) == int(deleted)
     assert run(*create, "file-9").code == 1
     assert len(script.sent("DELETE /v1/files/file-9")) == int(deleted), "a file that was there before stays"
+
+
+HOSTILE = "[red]no markup[/red] [/] [link=file:///etc]x[/link] \x1b[31m\x1b]0;title\x07\u202e\rover"
+SHOWN = "[red]no markup[/red] [/] [link=file:///etc]x[/link] \ufffd[31m\ufffd]0;title\ufffd\ufffd\ufffdover"
+
+
+def test_what_a_run_says_is_neither_markup_nor_commands_to_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=400, color_system=None, legacy_windows=False)
+    monkeypatch.setattr(follow, "out", lambda: console)
+    failed = {"id": "ftjob-1", "status": "failed", "error": {"code": "bad", "message": HOSTILE}}
+    with follow.BarView() as view:
+        view.event({"created_at": 1, "level": "error", "message": HOSTILE, "type": "message"})
+        view.job(failed)
+    assert screen.getvalue().count(SHOWN) == 2
+    assert follow.summary(failed) == f"ftjob-1  failed  bad: {SHOWN}"
+    assert follow.line({"message": HOSTILE}).endswith(SHOWN) and follow.plain("a\n\tb \u00e9") == "a\n\tb \u00e9"
