@@ -186,9 +186,14 @@ class Run:
         return self.config.warnings() + self.settings.warnings()
 
 
+_MOST = 2**31 - 1
+
+
 def _at_least(config: RunConfig, name: str, least: int) -> None:
     if getattr(config, name) < least:
         raise ValueError(f"{name} must be at least {least}, not {getattr(config, name)}")
+    if getattr(config, name) > _MOST:
+        raise ValueError(f"{name} must be at most {_MOST}, not {getattr(config, name)}")
 
 
 def load_run(file: Path, overrides: Sequence[str] = ()) -> Run:

@@ -143,9 +143,28 @@ def _http_error(request: Request, error: Exception) -> Response:
     return answer(error.status_code, message, code=code, param=None, headers=error.headers)
 
 
-def path_of(location: Sequence[str | int]) -> str | None:
-    """A validation error's location as a parameter name: ``("body", "messages", 0, "role")`` -> ``messages.0.role``."""
-    parts = [str(part) for part in location[1:] if part != "root"]
+def path_of(location: Sequence[str | int], body: Any = None) -> str | None:
+    """A validation error's location as a parameter name: ``("body", "messages", 0, "role")`` -> ``messages.0.role``.
+
+    Args:
+        location: Where the framework found it.
+        body: The request's body. What stands in the location and not in the body names a member of a union or a
+            check, which a client has never heard of.
+
+    Returns:
+        The name; none for the whole.
+    """
+    if location[:1] != ("body",) or not isinstance(body, dict | list):
+        return ".".join(str(part) for part in location[1:] if part != "root") or None
+    parts: list[str] = []
+    for part in location[1:]:
+        if isinstance(body, dict) and part in body:
+            body = body[part]
+        elif isinstance(body, list) and isinstance(part, int) and part < len(body):
+            body = body[part]
+        else:
+            continue
+        parts.append(str(part))
     return ".".join(parts) or None
 
 
@@ -177,11 +196,19 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+    found = error.errors()
+    first = found[0]
+    near = path_of(first["loc"], error.body) or ""
+    for other in found:  # of a union's complaints, the one that goes deepest into what was sent
+        place = path_of(other["loc"], error.body) or ""
+        if place.startswith(f"{near}.") and near:
+            first, near = other, place
     kind, reason = str(first["type"]), str(first["msg"])
     if kind == "json_invalid":
         return answer(400, "The body is not valid JSON.", code="invalid_json", param=None)
-    param = path_of(first["loc"])
+    param = path_of(first["loc"], error.body)
+    if kind == "missing" and first["loc"][0] == "body" and len(first["loc"]) > 1:
+        param = f"{param}.{first['loc'][-1]}" if param else str(first["loc"][-1])
     codes = {"missing": "missing_required_parameter", "extra_forbidden": "unsupported_parameter"}
     if kind == "missing":
         message = f"Missing required parameter: {param!r}." if param else "A JSON body is required."

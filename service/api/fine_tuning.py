@@ -262,7 +262,11 @@ def list_jobs(
         if match is None or "\x00" in key + value:
             raise bad_request("Filter by metadata as metadata[key]=value.", param="metadata")
         wanted[match[1]] = value
-    page = store.list(after=known_id(after), limit=limit, metadata=wanted or None, kind=None if kind == "all" else kind)
+    sort = None if kind == "all" else kind
+    try:
+        page = store.list(after=known_id(after), limit=limit, metadata=wanted or None, kind=sort)
+    except UnknownJob:
+        raise not_found("job", after or "", param="after", code="job_not_found") from None
     return listing([wire(job) for job in page.data], page.has_more)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def check(
     try:
         run = parse_run({**content, "method": method})
     except (ConfigError, ValueError) as error:
-        raise _refused(error, where, start) from None
+        raise _refused(error, hyperparameters, where, start) from None
     asked = {key: value for key, value in hyperparameters.items() if value is not None}
     fixed = {key: value for key, value in run.as_dict()["method"].items() if run.origin[f"method.{key}"] == "start"}
     return {**dict.fromkeys(OPENAI, AUTO), **fixed, **asked}
@@ -134,13 +135,15 @@ def _check_range(key: str, value: Any, param: str) -> None:
         raise bad_request(f'{key} must be a positive number, or "auto".', param=param)
 
 
-def _refused(error: ValueError, where: str, start: Path | None) -> APIError:
+def _refused(error: ValueError, asked: dict[str, Any], where: str, start: Path | None) -> APIError:
     key = error.key.removeprefix("method.") if isinstance(error, ConfigError) else ""
     if key == "start":
         reason = str(error).removeprefix("start: ").replace(str(start), "it")
         return bad_request(f"The model cannot be trained on: {reason}.", param="model", code="model_not_usable")
     if key == "name":
         return bad_request(f"{error}.", param="method")
+    if key in ("", "method"):  # a check across fields: it says which in words
+        key = next((word for word in re.findall(r"\w+", str(error)) if word in asked), "")
     return bad_request(f"{error}.", param=f"{where}.{key}" if key else where)
 
 

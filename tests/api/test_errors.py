@@ -70,6 +70,18 @@ async def test_a_method_that_is_not_allowed(client: httpx.AsyncClient) -> None:
             "invalid_value",
             None,
         ),
+        (
+            b'{"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}',
+            "invalid_value",
+            "messages.0.content.0.text",
+        ),
+        (
+            b'{"model": "m", "messages": [{"role": "user", "content": [{"type": "text"}]}]}',
+            "missing_required_parameter",
+            "messages.0.content.0.text",
+        ),
+        (b'{"model": "m", "messages": [{"role": "user", "content": 5}]}', "invalid_value", "messages.0.content"),
+        (b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "stop": 5}', "invalid_value", "stop"),
         (b'{"model": "m\\u0000", "messages": []}', "invalid_value", "model"),
         (b'{"\\ud800": 1}', "unsupported_parameter", "\\ud800"),
         (b'{"model": "m", "model": "n", "\xff": 1}', "invalid_json", None),
@@ -193,3 +205,8 @@ async def test_metrics_count_what_happened(client: httpx.AsyncClient, base: str)
         'gradhelm_http_requests_total{method="POST",route="/v1/chat/completions",status="400"} 1.0',
     ):
         assert line in text, line
+
+
+@pytest.mark.parametrize("prompt", [5, {}, "a\x00", ["a", "b"], []])
+async def test_a_prompt_is_named_without_its_types(client: httpx.AsyncClient, prompt: Any) -> None:
+    checked(await client.post("/v1/completions", json={"model": "m", "prompt": prompt}), 400, "invalid_value", "prompt")

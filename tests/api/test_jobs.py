@@ -68,13 +68,22 @@ async def test_run_settings_and_method_settings_go_side_by_side(client: httpx.As
         ({"hyperparameters": {"rank": "x"}}, "hyperparameters.rank"),
         ({"hyperparameters": {"output_dir": "/tmp"}}, "hyperparameters.output_dir"),
         ({"hyperparameters": {"model": "x"}}, "hyperparameters.model"),
-        ({"hyperparameters": {"early_stopping_patience": 2}}, "hyperparameters"),
+        ({"hyperparameters": {"early_stopping_patience": 2}}, "hyperparameters.early_stopping_patience"),
+        ({"hyperparameters": {"rank": -1}}, "hyperparameters.rank"),
+        ({"hyperparameters": {"max_steps": 10**30}}, "hyperparameters.max_steps"),
+        ({"hyperparameters": {"max_steps": 1e30}}, "hyperparameters.max_steps"),
+        ({"hyperparameters": {"max_steps": 2**31}}, "hyperparameters.max_steps"),
+        (
+            {"method": {"type": "lora", "lora": {"hyperparameters": {"alpha": 1.0, "rank": -1}}}},
+            "method.lora.hyperparameters.rank",
+        ),
         ({"suffix": ""}, "suffix"),
         ({"suffix": "a/b"}, "suffix"),
         ({"suffix": "x" * 65}, "suffix"),
         ({"seed": -1}, "seed"),
         ({"metadata": {str(n): "x" for n in range(17)}}, "metadata"),
         ({"metadata": {"k": 1}}, "metadata.k"),
+        ({"metadata": {"str": 1}}, "metadata.str"),
         ({"integrations": [{"type": "wandb"}]}, "integrations"),
         ({"made_up": 1}, "made_up"),
     ],
@@ -185,3 +194,9 @@ async def test_a_page_of_checkpoints_starts_at_one_of_this_job(client: httpx.Asy
     job = (await create(client, base)).json()["id"]
     answer = await client.get(f"/v1/fine_tuning/jobs/{job}/checkpoints", params={"after": "ftckpt-none"})
     assert answer.status_code == 404 and answer.json()["error"]["param"] == "after"
+
+
+async def test_an_unknown_after_is_named(client: httpx.AsyncClient) -> None:
+    for after in ("ftjob-none", "\x00"):
+        error = (await client.get("/v1/fine_tuning/jobs", params={"after": after})).json()["error"]
+        assert (error["code"], error["param"]) == ("job_not_found", "after")
