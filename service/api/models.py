@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from anyio import to_thread
+from anyio import from_thread, to_thread
 from fastapi import APIRouter, Request
 from sqlalchemy import Engine as Database
 from sqlalchemy import delete, select
@@ -134,7 +134,7 @@ def get_model(model: str, db: Db, settings: Config) -> ModelObject:
 
 @router.delete("/v1/models/{model:path}", response_model=Deleted, responses=errors_of(404))
 @needs("jobs")
-def delete_model(model: str, db: Db, settings: Config) -> Deleted:
+def delete_model(model: str, db: Db, settings: Config, request: Request) -> Deleted:
     """Delete a made model and its files. Base models stay; checkpoints go by retention."""
     name = known_id(model) or ""
     if not name.startswith("ft:"):
@@ -148,4 +148,6 @@ def delete_model(model: str, db: Db, settings: Config) -> Deleted:
     path = Path(row.path).resolve()
     if path.is_relative_to(settings.home) and path != settings.home:
         shutil.rmtree(path, ignore_errors=True)
+        # A process that has it merged, or as its base, would keep its memory until it is idle for long.
+        from_thread.run(request.app.state.engine.drop, str(path))
     return Deleted(id=row.id, object="model")

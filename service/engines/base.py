@@ -183,6 +183,14 @@ class Engine(Protocol):
         """End every request and every child process."""
         ...
 
+    async def drop(self, directory: str) -> None:
+        """Let go of a model that was deleted, if it is loaded and idle.
+
+        Args:
+            directory: where it lay.
+        """
+        ...
+
     async def health(self) -> dict[str, Any]:
         """``{"ok": bool, ...}`` plus counts that are worth a metric."""
         ...

@@ -65,6 +65,7 @@ class FakeEngine:
         self.active: set[str] = set()
         self.requests: list[Request] = []  # every request accepted, in order
         self.cancelled: list[str] = []  # ids whose stream was closed before its last chunk
+        self.dropped: list[str] = []
         self.closed = False
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
@@ -85,6 +86,10 @@ class FakeEngine:
     async def close(self) -> None:
         """Nothing to end; remembers that it was asked."""
         self.closed = True
+
+    async def drop(self, directory: str) -> None:
+        """Nothing to end; remembers what was dropped."""
+        self.dropped.append(directory)
 
     async def health(self) -> dict[str, Any]:
         """Always well."""

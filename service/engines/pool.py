@@ -87,10 +87,15 @@ class EnginePool:
             "engines": engines,
         }
 
-    async def drop(self, base: str) -> None:
-        """End the idle processes of a base, for instance because it is to be deleted."""
-        for key in [k for k, engine in self._engines.items() if k[0] == base and not engine.in_flight]:
-            await self._end(key)
+    async def drop(self, directory: str) -> None:
+        """End the idle processes of a deleted model; a busy one ends when it is idle for long.
+
+        Args:
+            directory: of a base, or of an adapter that is merged into one.
+        """
+        for key in [k for k, engine in self._engines.items() if directory in k and not engine.in_flight]:
+            if key in self._engines:  # another task may have ended it meanwhile
+                await self._end(key)
 
     async def _end(self, key: Key) -> None:
         """End an engine's process, to the last, even if who asked for it leaves."""

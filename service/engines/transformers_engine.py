@@ -95,6 +95,15 @@ class TransformersEngine:
         if child is not None:
             await child.end()
 
+    async def drop(self, directory: str) -> None:
+        """End the process if it is idle and has this model; see ``Engine``.
+
+        Args:
+            directory: of the base, or of the adapter merged into it.
+        """
+        if directory in (self.base, self.merge) and not self.in_flight:
+            await self.stop()
+
     async def health(self) -> dict[str, Any]:
         """State of the process; never waits for it."""
         child = self.child

@@ -66,6 +66,7 @@ async def test_a_deleted_model_is_gone_with_its_files(
     name, folder = put_model(app, settings.home)
     assert (await client.delete(f"/v1/models/{name}")).json() == {"id": name, "object": "model", "deleted": True}
     assert not folder.exists() and folder.parent.exists()
+    assert app.state.engine.dropped == [str(folder)], "the engine lets go of it too"
     for call in (client.get, client.delete):
         assert (await call(f"/v1/models/{name}")).status_code == 404
 
@@ -81,7 +82,7 @@ async def test_deletion_never_leaves_the_data_folder(
     with write(app.state.db) as session:
         session.add(row)
     assert (await client.delete("/v1/models/ft:x")).status_code == 200
-    assert outside.is_dir()
+    assert outside.is_dir() and not app.state.engine.dropped
 
 
 async def test_bases_are_neither_deleted_nor_downloaded(client: httpx.AsyncClient, base: str) -> None:

@@ -72,6 +72,27 @@ async def test_bases_share_the_memory_and_a_dora_adapter_is_served_merged(llama:
     assert closed.value.status == 503
 
 
+async def test_a_deleted_models_idle_process_ends_at_once(llama: Kit, tmp_path: Path) -> None:
+    dora = make_adapter(llama.base, tmp_path / "dora", 3, use_dora=True)
+    pool = EnginePool(EngineOptions(threads=1))
+    try:
+        await answer(pool, Request("1", llama.base, "the order", adapter=dora, sampling=GREEDY))
+        await pool.drop("/another")
+        assert len((await pool.health())["engines"]) == 1
+        stream = pool.generate(Request("2", llama.base, "x", adapter=dora, sampling=replace(GREEDY, max_tokens=900)))
+        await anext(stream)
+        await pool.drop(dora)
+        assert len((await pool.health())["engines"]) == 1, "who is being answered is answered"
+        await stream.aclose()
+        await pool.drop(dora)
+        assert (await pool.health())["engines"] == []
+        await answer(pool, Request("3", llama.base, "the order", sampling=GREEDY))
+        await pool.drop(llama.base)
+        assert (await pool.health())["engines"] == []
+    finally:
+        await pool.close()
+
+
 async def test_a_model_larger_than_the_limit_is_refused_with_both_numbers(llama: Kit) -> None:
     pool = EnginePool(EngineOptions(threads=1), PoolOptions(memory_bytes=1 << 20))
     with pytest.raises(EngineError) as large:
