@@ -167,6 +167,20 @@ async def test_a_log_is_text_whole_or_by_range(client: httpx.AsyncClient, log: t
         assert none.status_code == 416 and none.headers["Content-Range"] == f"bytes */{len(text)}"
 
 
+async def test_the_last_line_of_a_log_is_sent_even_if_nothing_ended_it(
+    app: FastAPI, client: httpx.AsyncClient, settings: Settings
+) -> None:
+    job = make_job(app.state.store)
+    folder = settings.home / "jobs" / job
+    folder.mkdir(parents=True)
+    writer = LogWriter(folder)
+    writer.write(b"whole\nKilled")
+    writer.close()
+    app.state.store.request_cancel(job)
+    answer = await asyncio.wait_for(client.get(f"/v1/fine_tuning/jobs/{job}/logs?stream=true"), 20)
+    assert "whole" in answer.text and "Killed" in answer.text
+
+
 async def test_what_rotation_took_is_skipped(app: FastAPI, client: httpx.AsyncClient, settings: Settings) -> None:
     job = make_job(app.state.store)
     folder = settings.home / "jobs" / job

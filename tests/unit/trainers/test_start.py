@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from core.models.load import load
 from core.models.save import save_merged
 from tests.unit.trainers.test_resume import _kill, _same
 from trainers import export
+from trainers import start as starting
 from trainers import train as training
 from trainers.__main__ import main
 from trainers.config import load_run, parse_run
@@ -286,3 +289,33 @@ def test_a_four_bit_base_goes_on(train: Any, tmp_path: Path) -> None:
     start = str(before.output / "artifact")
     after = train({"name": "lora"} | four, output_dir=str(tmp_path / "b"), start=start, max_steps=1, seed=1, **HELD_OUT)
     assert valid_losses(after)[0] == valid_losses(before)[-1]
+
+
+def test_merging_into_a_head_that_is_the_embeddings_too_is_refused() -> None:
+    """Both would change, and the adapter's maker changed one."""
+    plain, wrapped = SimpleNamespace(), SimpleNamespace(base_layer=None)
+    for head, embeddings in ((plain, wrapped), (wrapped, plain), (plain, plain)):
+        for tied in (True, False):
+            model = SimpleNamespace(
+                get_output_embeddings=lambda head=head: head,
+                get_input_embeddings=lambda embeddings=embeddings: embeddings,
+                config=SimpleNamespace(tie_word_embeddings=tied),
+            )
+            refusal = pytest.raises(ValueError, match="holds once for both")
+            with refusal if tied and wrapped in (head, embeddings) else nullcontext():
+                starting._check_head(model)
+
+
+def test_weights_with_an_adapter_merged_in_are_checked_and_can_all_be_trained(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = parse_run(LEAST | {"start": str(artifact), "method": {"name": "full"}})
+    loaded, _ = starting.begin(run, dtype="float32", quant="none")
+    assert all(parameter.requires_grad for parameter in loaded.model.parameters())
+
+    def shared(model: Any) -> None:
+        raise ValueError("one for both")
+
+    monkeypatch.setattr(starting, "_check_head", shared)
+    with pytest.raises(RunError, match="start: one for both"):
+        starting.begin(run, dtype="float32", quant="none")

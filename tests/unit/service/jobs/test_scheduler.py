@@ -11,12 +11,13 @@ import yaml
 from sqlalchemy import select
 
 from service.db.engine import write
-from service.db.tables import File, Model
+from service.db.tables import File, Job, Model
 from service.executors.base import Gone
-from service.jobs import names
+from service.jobs import names, tail
 from service.jobs.lock import FolderInUse
 from service.jobs.scheduler import Scheduler
 from service.jobs.store import JobStore
+from service.jobs.supervisor import RECORD
 from tests.unit.service.jobs.world import VERDICT, World
 from trainers.config import parse_run
 
@@ -448,3 +449,50 @@ def test_nothing_of_a_validation_is_taken_from_an_earlier_one(world: World) -> N
     world.tick(2)
     assert world.status(job_id) == "validating_files"
     assert world.executor.recover(world.folder(job_id), job_id) == Gone(None)
+
+
+def test_a_run_of_a_newer_attempt_that_is_gone_is_counted_on_from_and_is_no_loss(world: World) -> None:
+    """Starting it under its own number again would be refused as stale, and look as if one more run had vanished."""
+    job_id = world.submit()
+    world.tick()
+    folder = world.folder(job_id)
+    world.executor.submit(job_id, ["run"], {}, folder, attempt=9, token="t")
+    world.executor.vanish(folder)
+    world.tick(4)
+    assert world.job(job_id).restarts_without_progress == 0
+    assert not any("vanished" in line for line in world.messages(job_id))
+
+
+def test_lines_that_another_reader_took_over_meanwhile_are_not_told_twice(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = world.running()
+    world.emit(job_id, {"kind": "message", "message": "once"})
+    translate = tail.translate
+
+    def slow(job: Job, batch: list[dict[str, object]]) -> tail.Changes:
+        monkeypatch.setattr(tail, "translate", translate)
+        world.scheduler._catch_up(world.scheduler._live[job_id], job)  # between its reading and its writing
+        return translate(job, batch)
+
+    monkeypatch.setattr(tail, "translate", slow)
+    world.tick(2)
+    assert world.messages(job_id).count("once") == 1
+    assert world.job(job_id).events_offset == (world.folder(job_id) / tail.EVENTS).stat().st_size
+
+
+def test_an_error_of_an_earlier_attempt_explains_no_later_end(world: World) -> None:
+    job_id = world.running()
+    world.emit(job_id, {"kind": "error", "code": "io_error", "message": "the disk was full", "retryable": True})
+    world.finish(job_id, 1)
+    world.tick()
+    assert world.status(job_id) == "queued" and world.job(job_id).retries == 1
+    world.clock.now += 100
+    world.tick()
+    assert world.status(job_id) == "running"
+    (world.folder(job_id) / RECORD).write_text(json.dumps({"started_at": world.clock()}))
+    world.finish(job_id, 1)
+    world.tick()
+    job = world.job(job_id)
+    assert (job.status, job.error_code) == ("failed", "run_crashed")
+    assert "the disk was full" not in (job.error_message or "")

@@ -303,3 +303,13 @@ def test_counts(store: JobStore) -> None:
     queued(store)
     store.create(new_job())
     assert store.counts() == {"queued": 1, "validating_files": 1}
+
+
+def test_nobody_takes_its_own_lease_over_because_it_was_late(store: JobStore, clock: Clock) -> None:
+    """It still looks after that job: a second look at it would start it twice."""
+    job_id = store.create(new_job()).job.id
+    token = store.claim("me", 30, status="validating_files").lease_token  # type: ignore[union-attr]
+    clock.now += 31
+    assert list(store.take_over("me", 30)) == []
+    assert store.get(job_id).lease_token == token
+    assert [job.id for job in store.take_over("other", 30)] == [job_id]
