@@ -286,12 +286,10 @@ def test_debris_of_a_killed_save_is_passed_over_and_cleared(tmp_path: Path) -> N
 
 
 def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path: Path) -> None:
-    save(tmp_path, step=1, tensors=TENSORS, state={"round": 0})
     code = (
         "import os, sys, torch; from pathlib import Path; from core import checkpoint\n"
         "real = Path.rename\n"
-        "def rename(path, target):\n"
-        "    if path.name.endswith('step-00000002') and '-replaced-' not in path.name and path.name[0] == '.':\n"
+        "def rename(path, target):\n    if path.name.endswith('step-00000002') and '-replaced-' not in path.name and path.name[0] == '.':\n"
         "        if Path(target).parent.joinpath('second').exists():\n"
         "            os._exit(9)\n"
         "    return real(path, target)\n"
