@@ -289,7 +289,8 @@ def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path:
     code = (
         "import os, sys, torch; from pathlib import Path; from core import checkpoint\n"
         "real = Path.rename\n"
-        "def rename(path, target):\n    if path.name.endswith('step-00000002') and '-replaced-' not in path.name and path.name[0] == '.':\n"
+        "def rename(path, target):\n"
+        "    if path.name.startswith('.') and path.name.endswith('-step-00000002') and '-replaced-' not in path.name:\n"
         "        if Path(target).parent.joinpath('second').exists():\n"
         "            os._exit(9)\n"
         "    return real(path, target)\n"
