@@ -43,6 +43,7 @@ def serve(
     os.environ.update({name: value for name, value in given.items() if value is not None})
     from service.app import create_app
     from service.cli.server import GracefulServer
+    from service.db.engine import DatabaseNewer
     from service.jobs.lock import FolderInUse
     from service.log import configure
     from service.settings import load_settings
@@ -65,6 +66,9 @@ def serve(
     except FolderInUse as error:
         listener.close()
         raise CliError(neighbour.about_folder(settings.home, error.pid)) from error
+    except DatabaseNewer as error:
+        listener.close()
+        raise CliError(str(error)) from error
 
 
 def listen(host: str, port: int) -> socket.socket:

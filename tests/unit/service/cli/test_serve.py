@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from service.db.engine import connect, migrate
 from tests.unit.service.cli.conftest import Run
 
 SERVE = [sys.executable, "-m", "service.cli", "serve", "--port", "0"]
@@ -104,3 +105,16 @@ def test_wrong_settings_are_wrong_usage(run: Run, tmp_path: Path, monkeypatch: p
     for command in ("serve", "--port", "0"), ("keys", "list"):
         result = run(*command)
         assert result.code == 2 and "did you mean GRADHELM_PORT?" in result.err, command
+
+
+def test_a_database_of_a_newer_version_is_told_in_one_line(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    engine = connect(home / "gradhelm.db")
+    migrate(engine)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    engine.dispose()
+    ended = subprocess.run([*SERVE, "--home", str(home)], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and "newer version of gradhelm (schema 9999" in ended.stderr
+    assert "Traceback" not in ended.stdout + ended.stderr
