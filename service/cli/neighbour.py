@@ -95,14 +95,18 @@ def folder_behind(port: int) -> Path | None:
     except (psutil.Error, OSError):
         return None
     for pid in {one.pid for one in sockets if one.pid and _listening(one.status, one.laddr, port)}:
-        try:
-            opened = [Path(file.path) for file in psutil.Process(pid).open_files()]
-        except (psutil.Error, OSError):
-            continue
-        for path in opened:
-            if path.name == "server.lock":
-                return path.parent
+        for folder in served_by(pid):
+            return folder
     return None
+
+
+def served_by(pid: int) -> list[Path]:
+    """Data folders whose lock a process holds open: one for a server, none for a process of another user."""
+    try:
+        opened = [Path(file.path) for file in psutil.Process(pid).open_files()]
+    except (psutil.Error, OSError):
+        return []
+    return [path.parent for path in opened if path.name == "server.lock"]
 
 
 def _listening(status: str, address: Sequence[str | int], port: int) -> bool:

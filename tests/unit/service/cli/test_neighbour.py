@@ -23,6 +23,13 @@ def home(tmp_path: Path) -> Path:
     return tmp_path / "home"
 
 
+@pytest.fixture(autouse=True)
+def no_servers_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers that other tests run in this process, which is the scripted server's too, hold locks of their own."""
+    look, theirs = neighbour.served_by, neighbour.served_by(os.getpid())
+    monkeypatch.setattr(neighbour, "served_by", lambda pid: [folder for folder in look(pid) if folder not in theirs])
+
+
 @pytest.fixture
 def held(home: Path) -> Iterator[int]:
     """The data folder's lock, held by this process, which is also the scripted server's."""
