@@ -25,7 +25,8 @@ from torch import Tensor
 
 from trainers.optim.base import Parameters
 from trainers.optim.bases import Subspace
-from trainers.optim.feedback import BITS, Codes, Feedback, decode, empty_codes, encode
+from trainers.optim.feedback import BITS, BLOCK, Codes, Feedback, decode, empty_codes, encode
+from trainers.optim.fit import Fit, Shape, up_to
 from trainers.optim.learned import turn
 from trainers.optim.projected import Layout, ProjectedOptimizer, noise, wrap, write
 from trainers.optim.rules import Adam
@@ -100,8 +101,28 @@ class DctAdamW(ProjectedOptimizer):
         """
         defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            _check(group)
+
+    def check(self, group: dict[str, Any]) -> None:
+        """See ``LowMemoryOptimizer.check``."""
+        super().check(group)
+        _check(group)
+
+    def fit_matrix(self, parameter: Tensor, group: dict[str, Any], layout: Layout) -> Fit:
+        """See ``ProjectedOptimizer.fit_matrix``. The rank may be any: a group's may change."""
+        weight, width, rank = local(parameter), layout.width, up_to(layout.width)
+        stack = (layout.matrices,) if parameter.dim() == 3 else ()
+        rows = weight.numel() // max(1, layout.matrices * width)
+        shapes: dict[str, Shape] = dict.fromkeys(("exp_avg", "exp_avg_sq"), (*stack, rows, rank))
+        shapes |= dict.fromkeys(("index", "age"), (*stack, rank))
+        needed: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "index")
+        bits = BITS.get(group["feedback"])
+        if group["feedback"] == "full":
+            return Fit({**shapes, "error": tuple(weight.shape)}, (*needed, "error"))
+        if bits:
+            shapes["error_code"] = (*stack, rows, width if bits == 8 else -(-width // 2))
+            shapes |= dict.fromkeys(("error_low", "error_step"), (*stack, rows, -(-width // BLOCK)))
+            needed = (*needed, "error_code", "error_low", "error_step")
+        return Fit(shapes, needed)
 
     def update(self, parameter: Tensor, group: dict[str, Any], place: int) -> None:
         """See the base class."""

@@ -17,7 +17,8 @@ from trainers.optim.base import LowMemoryOptimizer, Parameters
 from trainers.optim.blocks import Blocks
 from trainers.optim.clock import Turn, advance, tick
 from trainers.optim.coordinates import Scratch
-from trainers.optim.projections import Projections
+from trainers.optim.fit import Fit, Shape, compact_shape, up_to
+from trainers.optim.projections import Projections, side_of
 from trainers.optim.rules import rule_of
 from trainers.optim.settings import check_frugal
 from trainers.optim.splits import Coordinates, rounding
@@ -113,19 +114,37 @@ class Frugal(LowMemoryOptimizer):
             settings.pop(name, None)
         super().__init__(params, settings | {"role": "projected"})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group after checking its settings; see ``torch.optim.Optimizer.add_param_group``."""
-        check_frugal(self.defaults | param_group)
-        super().add_param_group(param_group)
-        self._forget()
+    def check(self, group: dict[str, Any]) -> None:
+        """See ``LowMemoryOptimizer.check``."""
+        check_frugal(group)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:  # Loading a state goes through here too.
-        super().__setstate__(state)
-        self._forget()
+    def fit(self, parameter: Tensor, group: dict[str, Any]) -> Fit:
+        """See ``LowMemoryOptimizer.fit``. The number of columns, rows or dimensions may be any: densities change."""
+        names, state = rule_of(group).moments(), self.state[parameter]
+        shape, split, stack = tuple(local(parameter).shape), group["split"], as_matrix(local(parameter).shape)
+        if group["role"] == "full" or stack is None or split == "block":
+            plain = group["role"] == "full" or split != "block"
+            return Fit(dict.fromkeys(names, shape), () if plain else CLOCK)
+        many, m, n = stack
+        shapes: dict[str, Shape] = {}
+        own: tuple[str, ...] = ()
+        if split in ("svd", "random"):
+            side = side_of(group["side"], (m, n))
+            size = compact_shape(side, m, n)
+            own = ("left", "right") if side == "full" else (side,)
+            shapes = {"left": (m, up_to(m)), "right": (up_to(n), n)}
+        else:
+            line = m if split == "rows" else n
+            sizes: dict[str, Shape] = {"rows": (up_to(m), n), "randk": (up_to(m * n),)}
+            size = sizes.get(split, (m, up_to(n)))
+            shapes = {"score": (line,), "indices": (up_to(line),), "age": (up_to(line),)}
+        shapes |= dict.fromkeys(names, size)
+        if len(shape) == 3:
+            shapes = {name: (many, *size) for name, size in shapes.items()}
+        return Fit(shapes, (*CLOCK, *names, *own) if names[0] in state else CLOCK)
 
     def _forget(self) -> None:
-        """Drops what can be worked out again."""
-        self._places = {}
+        super()._forget()
         self._scratch = Scratch()
         self._coordinates = Coordinates(self._scratch)
         self._blocks = Blocks(self._scratch)

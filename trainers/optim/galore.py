@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trainers.optim.base import LowMemoryOptimizer, Parameters
 from trainers.optim.clock import ROUNDING, Turn, tick
+from trainers.optim.fit import Fit, Shape, compact_shape, up_to
 from trainers.optim.projections import Basis, leading, rank_of, side_of
 from trainers.optim.settings import check_galore
 from trainers.optim.tensors import as_matrix, compute_dtype, like, local, round_to, sharded
@@ -68,11 +69,22 @@ class GaLore(LowMemoryOptimizer):
             settings.pop(name, None)
         super().__init__(params, settings | {"role": "projected"})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group after checking its settings; see ``torch.optim.Optimizer.add_param_group``."""
-        check_galore(self.defaults | param_group)
-        super().add_param_group(param_group)
-        self._places = {}
+    def check(self, group: dict[str, Any]) -> None:
+        """See ``LowMemoryOptimizer.check``."""
+        check_galore(group)
+
+    def fit(self, parameter: Tensor, group: dict[str, Any]) -> Fit:
+        """See ``LowMemoryOptimizer.fit``."""
+        names = ("exp_avg", "exp_avg_sq")
+        stack = None if group["role"] == "full" else as_matrix(parameter.shape)
+        if stack is None:
+            return Fit(dict.fromkeys(names, tuple(local(parameter).shape)), names)
+        many, m, n = stack
+        side = side_of(group["side"], (m, n))
+        shapes: dict[str, Shape] = dict.fromkeys(names, (many, *compact_shape(side, m, n)))
+        shapes |= {"left": (many, m, up_to(m)), "right": (many, up_to(n), n)}
+        own = ("left", "right") if side == "full" else (side,)
+        return Fit(shapes, (*names, *own) if "exp_avg" in self.state[parameter] else ())
 
     def update(self, parameter: Tensor, group: dict[str, Any], place: int) -> None:
         """Takes one step of one parameter; see ``LowMemoryOptimizer.update``."""

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+_KINDS: dict[str, type[torch.optim.Optimizer]] = {"projected": torch.optim.Muon, "full": torch.optim.AdamW}
+
 
 class MuonAdamW(torch.optim.Optimizer):
     """``torch.optim.Muon`` for groups of role ``projected``, ``torch.optim.AdamW`` for groups of role ``full``.
@@ -24,14 +26,26 @@ class MuonAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: A group has no role, or Muon is given something other than matrices.
         """
-        defaults = {
-            "projected": torch.optim.Muon([torch.zeros(1, 1)]).defaults,
-            "full": torch.optim.AdamW([torch.zeros(1)]).defaults,
-        }
-        for group in params:
-            if group.get("role") not in defaults:
-                raise ValueError(f"every group needs the role projected or full, not {group.get('role')!r}")
-        super().__init__([defaults[group["role"]] | {"lr": lr} | group for group in params], {"lr": lr})
+        self._parts: list[torch.optim.Optimizer] = []
+        super().__init__(params, {"lr": lr})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the optimizer of its role; see ``torch.optim.Optimizer.add_param_group``.
+
+        Args:
+            param_group: With a ``role``.
+
+        Raises:
+            ValueError: It has no role, or Muon is given something other than matrices.
+        """
+        role, given = param_group.get("role"), param_group["params"]
+        if role not in _KINDS:
+            raise ValueError(f"every group needs the role projected or full, not {role!r}")
+        members = [given] if isinstance(given, torch.Tensor) else list(given)
+        group = {"lr": self.defaults["lr"]} | param_group | {"params": members}
+        # Alone first, so that a group which its optimizer refuses leaves nothing behind.
+        whole = _KINDS[role]([dict(group)]).param_groups[0]
+        super().add_param_group(whole | group)
         self._share()
 
     @torch.no_grad()
@@ -58,9 +72,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _share(self) -> None:
         """Lets both work on this optimizer's own groups and state."""
-        self._parts: list[torch.optim.Optimizer] = []
-        kinds: dict[str, type[torch.optim.Optimizer]] = {"projected": torch.optim.Muon, "full": torch.optim.AdamW}
-        for role, kind in kinds.items():
+        self._parts = []
+        for role, kind in _KINDS.items():
             groups = [group for group in self.param_groups if group["role"] == role]
             if groups:
                 part = kind(groups)  # type: ignore[call-arg]

@@ -6,6 +6,7 @@ rows ("left"), which is the right side of its transpose: everything below is wri
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from trainers.optim.base import LowMemoryOptimizer
 from trainers.optim.bases import KINDS, Basis, Subspace, get_basis
+from trainers.optim.fit import Fit, Shape
 from trainers.optim.keyed import generator, key
 from trainers.optim.learned import eigenbasis, family, gram, names_of, plan
 from trainers.optim.rules import Adam
@@ -64,7 +66,7 @@ class ProjectedOptimizer(LowMemoryOptimizer):
     """Whether the published code uses the transposed cosines on the left too."""
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        """Checks settings and keeps the groups.
+        """Keeps the groups.
 
         Args:
             params: Parameters, named parameters, or groups.
@@ -73,8 +75,33 @@ class ProjectedOptimizer(LowMemoryOptimizer):
         self._held: dict[tuple[object, ...], Basis] = {}
         self._leaders: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            check_group(group)
+
+    def check(self, group: dict[str, Any]) -> None:
+        """See ``LowMemoryOptimizer.check``."""
+        check_group(group)
+
+    def fit(self, parameter: Tensor, group: dict[str, Any]) -> Fit:
+        """See ``LowMemoryOptimizer.fit``."""
+        layout = self.layout(parameter, group)
+        if layout is None:
+            names = ("exp_avg", "exp_avg_sq")
+            return Fit(dict.fromkeys(names, tuple(local(parameter).shape)), names)
+        square: Shape = (layout.width, layout.width)
+        shapes, needed = self.fit_matrix(parameter, group, layout)
+        return Fit({"gram": square, "eigenbasis": square, **shapes}, needed)
+
+    @abstractmethod
+    def fit_matrix(self, parameter: Tensor, group: dict[str, Any], layout: Layout) -> Fit:
+        """What the state of a matrix, or a stack of them, looks like.
+
+        Args:
+            parameter: That has been stepped.
+            group: Its settings.
+            layout: How it is looked at.
+
+        Returns:
+            Shapes of its own state, and what has to be there.
+        """
 
     def layout(self, parameter: Tensor, group: dict[str, Any]) -> Layout | None:
         """How a parameter is looked at.
@@ -213,8 +240,8 @@ class ProjectedOptimizer(LowMemoryOptimizer):
                         self._leaders[member] = firsts.setdefault(kind, member)
         return self._leaders[parameter]
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+    def _forget(self) -> None:
+        super()._forget()
         self._held, self._leaders = {}, {}
 
     def update_full(self, parameter: Tensor, group: dict[str, Any], place: int, rule: Adam) -> None:

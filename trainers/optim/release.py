@@ -62,7 +62,7 @@ def release_gradients(
         for parameter in group["params"]:
             assert not sharded(parameter), "one process shards nothing"
             if parameter.requires_grad:
-                hook = _hook(optimizer, group, stepped)
+                hook = _hook(optimizer, stepped)
                 handles.append(parameter.register_post_accumulate_grad_hook(hook))
     handles.append(optimizer.register_step_post_hook(lambda *_: stepped.clear()))
 
@@ -73,7 +73,7 @@ def release_gradients(
     return undo
 
 
-def _hook(optimizer: LowMemoryOptimizer, group: dict[str, Any], stepped: set[Tensor]) -> Callable[[Tensor], None]:
+def _hook(optimizer: LowMemoryOptimizer, stepped: set[Tensor]) -> Callable[[Tensor], None]:
     @torch.no_grad()
     def step(parameter: Tensor) -> None:
         if parameter in stepped:
@@ -82,7 +82,7 @@ def _hook(optimizer: LowMemoryOptimizer, group: dict[str, Any], stepped: set[Ten
                 "gradients cannot be accumulated"
             )
         stepped.add(parameter)
-        optimizer.update(parameter, group, optimizer.place(parameter))
+        optimizer.take(parameter)
         parameter.grad = None
 
     return step

@@ -189,10 +189,11 @@ def add_(w: Tensor, change: Tensor, rate: float, decay: float) -> None:
 
 
 def fusable(*tensors: Tensor) -> bool:
-    """Whether torch's fused kernel takes these: in main memory, dense, all float32 or all float64."""
-    dtype = tensors[0].dtype
+    """Whether torch's fused kernel takes these: in main memory, dense, of one shape, all float32 or
+    all float64. It reads and writes as many numbers of each as the first has."""
+    dtype, shape = tensors[0].dtype, tensors[0].shape
     return dtype in (torch.float32, torch.float64) and all(
-        t.device.type == "cpu" and t.dtype == dtype and t.is_contiguous() for t in tensors
+        t.device.type == "cpu" and t.dtype == dtype and t.shape == shape and t.is_contiguous() for t in tensors
     )
 
 

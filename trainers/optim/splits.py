@@ -55,6 +55,7 @@ class Coordinates:
         names = rule.moments()
         k = choice.count(split, shape, turn.density, group)
         before = self._current(p, old, turn, group, turn.refreshes - 1) if old else None
+        self.cache.pop((turn.place, turn.part), None)  # State that was cleared begins again at refresh 1.
         fresh: dict[str, Tensor] = {}
         if group["select"] == "top":
             fresh["score"] = self._score(g, old, group, total)

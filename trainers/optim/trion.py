@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from trainers.optim.base import Parameters
+from trainers.optim.fit import Fit
 from trainers.optim.newton_schulz import CONSTANT, SCHEDULED, orthogonalize
 from trainers.optim.projected import Layout, ProjectedOptimizer, noise, wrap, write
 from trainers.optim.rules import Adam
@@ -97,8 +98,15 @@ class Trion(ProjectedOptimizer):
         """
         defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            _check(group)
+
+    def check(self, group: dict[str, Any]) -> None:
+        """See ``LowMemoryOptimizer.check``."""
+        super().check(group)
+        _check(group)
+
+    def fit_matrix(self, parameter: Tensor, group: dict[str, Any], layout: Layout) -> Fit:  # noqa: ARG002
+        """See ``ProjectedOptimizer.fit_matrix``."""
+        return Fit({"momentum_buffer": tuple(local(parameter).shape)}, ("momentum_buffer",))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, and another of role full for its vectors, if it has both.
@@ -106,6 +114,7 @@ class Trion(ProjectedOptimizer):
         Args:
             param_group: As torch takes it.
         """
+        self.check(self.defaults | param_group)
         given = param_group["params"]
         members = [given] if isinstance(given, Tensor) else list(given)
         group = dict(param_group) | {"params": members}

@@ -111,4 +111,5 @@ def fsdp() -> None:
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     {"sharded": sharded, "replicas": replicas, "fsdp": fsdp}[sys.argv[1]]()
+    dist.barrier()  # The first to leave would cut off the other's last exchange.
     dist.destroy_process_group()
