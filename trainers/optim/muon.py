@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
-_KINDS: dict[str, type[torch.optim.Optimizer]] = {"projected": torch.optim.Muon, "full": torch.optim.AdamW}
+_KINDS: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
+    "projected": torch.optim.Muon,
+    "full": torch.optim.AdamW,
+}
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -49,7 +52,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step of both.
 
         Args:
@@ -76,6 +79,6 @@ class MuonAdamW(torch.optim.Optimizer):
         for role, kind in _KINDS.items():
             groups = [group for group in self.param_groups if group["role"] == role]
             if groups:
-                part = kind(groups)  # type: ignore[call-arg]
+                part = kind(groups)
                 part.param_groups, part.state = groups, self.state
                 self._parts.append(part)

@@ -89,3 +89,22 @@ def test_an_optimizer_that_has_stepped_can_be_taken_back() -> None:
         give([p], [gradient])
         optimizer.step()
     assert torch.equal(ends[0], p)
+
+
+def test_an_optimizer_whose_state_was_cleared_begins_anew() -> None:
+    """The first refresh of the new state has the number of the first of the old one, and another gradient."""
+    w, gradients = problem((12, 20), 2)
+    ends = []
+    for first in gradients:
+        p = torch.nn.Parameter(torch.tensor(w))
+        optimizer = Frugal([p], select="top", density=0.3)
+        give([p], [first])
+        optimizer.step()
+        optimizer.state.clear()
+        with torch.no_grad():
+            p.copy_(torch.tensor(w))
+        for gradient in (gradients[1][:, ::-1].copy(), gradients[1]):
+            give([p], [gradient])
+            optimizer.step()
+        ends.append(p.detach().clone())
+    assert torch.equal(*ends)

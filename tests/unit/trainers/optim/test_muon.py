@@ -80,3 +80,21 @@ def test_the_closure_runs_once_with_gradients() -> None:
 def test_groups_need_a_role() -> None:
     with pytest.raises(ValueError, match="role projected or full, not None"):
         MuonAdamW([{"params": [start((4, 4))]}])
+
+
+def test_a_late_group_is_stepped_as_one_given_at_the_start() -> None:
+    weights, others = ([start(shape, torch.float32) for shape in SHAPES] for _ in range(2))
+    optimizer = MuonAdamW([{"params": weights[:2], "role": "projected", "weight_decay": 0.1}])
+    optimizer.add_param_group({"params": iter(weights[2:]), "role": "full", "lr": 1e-3, "betas": (0.9, 0.95)})
+    _go(weights, optimizer, range(4))
+    _go(others, _make(others), range(4))
+    assert all(torch.equal(one, other) for one, other in zip(weights, others, strict=True))
+
+
+def test_a_late_group_is_refused_as_one_given_at_the_start() -> None:
+    optimizer = _make([start(shape, torch.float32) for shape in SHAPES])
+    with pytest.raises(ValueError, match="role projected or full, not None"):
+        optimizer.add_param_group({"params": [start((4, 4))]})
+    with pytest.raises(ValueError, match="Muon only supports 2D"):
+        optimizer.add_param_group({"params": [start((4,))], "role": "projected"})
+    assert len(optimizer.param_groups) == 2

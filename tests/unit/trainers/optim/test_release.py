@@ -92,3 +92,15 @@ def test_clipping_by_the_norm_of_all_gradients_is_refused() -> None:
     with pytest.raises(ValueError, match="set clip_norm to 0"):
         release_gradients(optimizer, clip_norm=1.0)
     release_gradients(optimizer, clip_norm=0)
+
+
+def test_learning_rates_reach_a_step_after_a_state_was_loaded() -> None:
+    """Loading replaces the groups by new ones, which are what a scheduler changes."""
+    model = _model()
+    optimizer = Frugal(model.parameters(), 0.01)
+    release_gradients(optimizer)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.ones(2, 8)).sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
