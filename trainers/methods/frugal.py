@@ -148,7 +148,7 @@ def _by_name(group: dict[str, Any], signed: tuple[str, ...]) -> list[dict[str, A
 
 METHOD = Method(
     name="frugal",
-    summary="Every weight, with AdamW's state for a changing quarter of each matrix: near AdamW in far less memory.",
+    summary="Every weight, with AdamW's state for a changing quarter of each matrix, the gradient's sign on the rest.",
     paper="2411.07837",
     config=FrugalConfig,
     attach=attach,

@@ -12,7 +12,8 @@ that rotation keeps the state of vectors that stay, bit for bit, and zeroes that
 
 State of a matrix (m, n) with rows m >= n: 8 m r + 4 r + 4 bytes in float32 (4 r more with ``ages``), m n 4 more with
 full error feedback, m (n + 8 ceil(n / 256)) with 8 bits, m (n / 2 + 8 ceil(n / 256)) with 4; the basis, once for all
-layers of a size, is no state. Working memory: one matrix of the size of the largest parameter.
+layers of a size, is no state. Working memory: one matrix of the size of the largest parameter that is
+projected; a bfloat16 weight with ``role="full"`` takes several float32 copies of itself while it is stepped.
 """
 
 from __future__ import annotations
