@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -31,3 +32,11 @@ def folder(script: str, given: str | None = None) -> Path:
     if (reason := missing(script, given)) is not None:
         raise SystemExit(reason)
     return Path(given or os.environ[VARIABLE])
+
+
+def digest(script: str, folder: Path) -> str:
+    """SHA-256 of all files that a script reads, in their order."""
+    content = hashlib.sha256()
+    for name in NEEDED[script]:
+        content.update((folder / name).read_bytes())
+    return content.hexdigest()

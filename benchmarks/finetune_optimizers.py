@@ -33,8 +33,10 @@ PLAN = Plan(ARMS, count=3, factor=3.0, seeds=(1, 2))
 QUICK = Task(model="tiny-llama", length=512, batch=2, steps=2, gap=1, train=8, dev=2, test=2)
 
 
-def report_of(done: dict[Run, Result], plan: Plan, task: Task, before: dict[str, float]) -> Report:
-    """Rows of what is finished; no claim was set."""
+def report_of(
+    done: dict[Run, Result], plan: Plan, task: Task, before: dict[str, float], commits: dict[str, int]
+) -> Report:
+    """Rows of what is finished, and how many runs each commit did; no claim was set."""
     report = Report(NAME, sorted({run.seed for run in done} | {TUNING_SEED}))
     report.row(arm="untrained", **{f"{part}_nats_per_answer_token": loss for part, loss in before.items()})
     for each in ARMS:
@@ -44,7 +46,8 @@ def report_of(done: dict[Run, Result], plan: Plan, task: Task, before: dict[str,
     for each in ARMS:
         if each.name != BASELINE:
             _against(report, plan, done, each.name)
-    report.row(steps=task.steps, finished_runs=len(done), runs_left_at_least=len(plan.next_runs(done)))
+    left = len(plan.next_runs(done))
+    report.row(steps=task.steps, finished_runs=len(done), runs_left_at_least=left, runs_by_commit=commits)
     return report
 
 
@@ -74,20 +77,23 @@ def main() -> int:
     options = command.parser(NAME, __doc__).parse_args()
     folder: Path = data.folder(NAME, options.data_dir)
     task = QUICK if options.quick else replace(Task(), steps=options.steps or Task.steps)
+    digest = data.digest(NAME, folder)
     if options.one:
+        assert options.digest == digest, "the rows changed while the study ran"
         print(json.dumps(run(options.one, folder, task).as_json()))
         return 0
     if options.quick:
         plan = Plan(ARMS, count=1, factor=3.0, seeds=(1,))
-        report_of(in_turn(plan, partial(run, folder=folder, task=task)), plan, task, untrained(folder, task))
+        report_of(in_turn(plan, partial(run, folder=folder, task=task)), plan, task, untrained(folder, task), {})
         return 0
-    record = Record(options.work, {"task": asdict(task), "torch": torch.__version__})
-    arguments = command.passed_on(options, task.steps, digest="")
+    record = Record(options.work, {"task": asdict(task), "data": digest, "torch": torch.__version__})
+    arguments = command.passed_on(options, task.steps, digest)
     done, failed = study(PLAN, record, f"benchmarks.{NAME}", arguments, workers=options.workers, hours=options.hours)
     if record.foreign:
         print(f"  {record.foreign} runs of other settings in {options.work} were left aside", flush=True)
     if done:
-        report_of(done, PLAN, task, untrained(folder, task)).write()
+        record.read()
+        report_of(done, PLAN, task, untrained(folder, task), record.commits).write()
     return 1 if failed else 0
 
 

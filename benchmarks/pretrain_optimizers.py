@@ -35,15 +35,15 @@ def do(what: Run, corpus: Corpus, size: Size) -> Result:
     return run(what, lambda model: arm(what.arm).build(model, what.rate, what.seed, size), corpus, size)
 
 
-def report_of(done: dict[Run, Result], plan: Plan, size: Size) -> Report:
-    """Rows and claims of what is finished."""
+def report_of(done: dict[Run, Result], plan: Plan, size: Size, commits: dict[str, int]) -> Report:
+    """Rows and claims of what is finished, and how many runs each commit did."""
     seeds = sorted({run.seed for run in done} | {TUNING_SEED})
     report = Report(NAME, seeds)
     for each in ARMS:
         report.row(**tables.row(plan, each, done), runs=sum(run.arm == each.name for run in done), source=each.source)
     pretrain_claims.state(report, plan, done)
     left = plan.next_runs(done)
-    report.row(steps=size.steps, finished_runs=len(done), runs_left_at_least=len(left))
+    report.row(steps=size.steps, finished_runs=len(done), runs_left_at_least=len(left), runs_by_commit=commits)
     return report
 
 
@@ -56,7 +56,7 @@ def main() -> int:
     corpus = Corpus.read(folder, vocabulary=size.vocabulary, length=size.length, characters=characters)
     if options.quick:
         plan = Plan(ARMS, count=1, factor=2.0, seeds=(1,))
-        report_of(in_turn(plan, partial(do, corpus=corpus, size=size)), plan, size)
+        report_of(in_turn(plan, partial(do, corpus=corpus, size=size)), plan, size, {})
         return 0
     if options.one:
         assert options.digest == corpus.digest, "the text or its tokens changed while the study ran"
@@ -68,7 +68,8 @@ def main() -> int:
     if record.foreign:
         print(f"  {record.foreign} runs of other settings in {options.work} were left aside", flush=True)
     if done:
-        report = report_of(done, PLAN, size)
+        record.read()
+        report = report_of(done, PLAN, size, record.commits)
         report.write()
         plot.save(report.rows, RESULTS / f"{NAME}.svg")
     return 1 if failed else 0

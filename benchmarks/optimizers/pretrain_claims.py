@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.optimizers import rates
 from benchmarks.optimizers.bootstrap import Interval, Losses, paired, percent
 from benchmarks.optimizers.plan import Plan
 from benchmarks.optimizers.tables import Done, Pair, paired_units
@@ -35,7 +36,7 @@ def state(report: Report, plan: Plan, done: Done) -> None:
         ("dct-adamw-vs-random-basis-ppl-percent", "dct-adamw", "dct-adamw-random-basis"),
     ):
         pairs = {"it": _chosen(plan, arm, done), "other": _chosen(plan, against, done)}
-        _better(report, claim, done, pairs, says=f"perplexity of {arm} against {against}, percent")
+        _better(report, plan, claim, done, pairs, says=f"perplexity of {arm} against {against}, percent")
     _beyond(report, plan, done)
 
 
@@ -63,19 +64,27 @@ def _gap_closed(report: Report, plan: Plan, done: Done) -> None:
             low=whole.low,
             high=whole.high,
             seeds=seeds,
+            at_edge=_edges(plan, arms.values(), done),
             says="frugal-density-0 above adamw" + ("; includes 0, so no share of it" if share is None else ""),
         )
     _claim(report, "frugal-ppl-gap-closed", ">= 0.35", share)
 
 
-def _better(report: Report, claim: str, done: Done, pairs: Mapping[str, Pair | None], *, says: str) -> None:
+def _better(report: Report, plan: Plan, claim: str, done: Done, pairs: Mapping[str, Pair | None], *, says: str) -> None:
     known = _known(pairs)
     found = None if known is None else paired_units(done, known)
     difference = None
     if found is not None:
         nats, tokens, seeds = found
         difference = paired(percent("it", "other"), nats, tokens)
-        report.row(percent=difference.value, low=difference.low, high=difference.high, seeds=seeds, says=says)
+        report.row(
+            percent=difference.value,
+            low=difference.low,
+            high=difference.high,
+            seeds=seeds,
+            at_edge=_edges(plan, [arm for arm, _ in known.values()] if known else [], done),
+            says=says,
+        )
     _claim(report, claim, BETTER, difference)
 
 
@@ -98,8 +107,18 @@ def _beyond(report: Report, plan: Plan, done: Done) -> None:
         parent_rate=tuned,
     )
     _better(
-        report, "beyond-beats-parent", done, pairs, says=f"perplexity of {variant.name} against {parent.name}, percent"
+        report,
+        plan,
+        "beyond-beats-parent",
+        done,
+        pairs,
+        says=f"perplexity of {variant.name} against {parent.name}, percent",
     )
+
+
+def _edges(plan: Plan, arms: Iterable[str], done: Done) -> list[str]:
+    """Those arms whose best rate is at an edge of all that were tried: a better one may lie beyond it."""
+    return [arm for arm in arms if rates.at_edge(plan.scores(plan.subject(arm), done))]
 
 
 def _claim(report: Report, claim: str, target: str, found: Interval | None) -> None:

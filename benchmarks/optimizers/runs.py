@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import commit
+
 TUNING_SEED = 0
 """Learning rates are chosen on dev with this seed; test is read with other seeds alone."""
 
@@ -66,11 +68,14 @@ class Record:
         self.setting = hashlib.sha256(canonical.encode()).hexdigest()[:16]
         self.foreign = 0
         """Lines of other settings, as of the last reading."""
+        self.commits: dict[str, int] = {}
+        """How many of the runs each commit of this repository did, as of the last reading."""
+        self._commit = commit()
 
     def read(self) -> dict[Run, Result]:
         """All finished runs of this setting."""
         found: dict[Run, Result] = {}
-        self.foreign = 0
+        self.foreign, self.commits = 0, {}
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         for line in text.splitlines():
             try:
@@ -80,13 +85,15 @@ class Record:
             if values["setting"] != self.setting:
                 self.foreign += 1
                 continue
+            done_by = values.get("commit", "unknown")
+            self.commits[done_by] = self.commits.get(done_by, 0) + 1
             found[Run(values["arm"], values["rate"], values["seed"])] = Result.from_json(values)
         return found
 
     def add(self, run: Run, result: Result) -> None:
         """Remember a finished run."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"setting": self.setting, **vars(run), **result.as_json()}) + "\n"
+        line = json.dumps({"setting": self.setting, "commit": self._commit, **vars(run), **result.as_json()}) + "\n"
         with self.path.open("a+", encoding="utf-8") as file:
             file.seek(0)
             if (before := file.read()) and not before.endswith("\n"):

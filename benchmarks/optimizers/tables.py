@@ -17,6 +17,8 @@ from benchmarks.optimizers.runs import TUNING_SEED, Result, Run
 Done = Mapping[Run, Result]
 Pair = tuple[str, float]
 """An arm at a rate."""
+FEWEST = 2
+"""Seeds that a comparison needs: the spread between seeds is nothing that one of them shows."""
 
 
 def fresh(done: Done, pair: Pair) -> dict[int, Result]:
@@ -35,12 +37,12 @@ def paired_units(
         pairs: What to take, by a name for it.
 
     Returns:
-        Nats (seeds, units) by name, tokens of each unit, and the seeds; None where no seed is common to all, or a run
-        diverged: an interval without it would flatter.
+        Nats (seeds, units) by name, tokens of each unit, and the seeds; None where fewer than ``FEWEST`` seeds are
+        common to all, or a run diverged: an interval without it would flatter.
     """
     runs = {name: fresh(done, pair) for name, pair in pairs.items()}
     seeds = sorted(set.intersection(*(set(each) for each in runs.values())))
-    if not seeds or any(not each[seed].units for each in runs.values() for seed in seeds):
+    if len(seeds) < FEWEST or any(not each[seed].units for each in runs.values() for seed in seeds):
         return None
     tokens = next(iter(runs.values()))[seeds[0]].tokens
     assert all(each[seed].tokens == tokens for each in runs.values() for seed in seeds)

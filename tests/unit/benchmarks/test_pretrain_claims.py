@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import pytest
 
@@ -34,17 +34,34 @@ LEVELS = {
 }
 
 
-def claims(levels: Mapping[str, float], missing: tuple[str, ...] = ()) -> dict[str, Claim]:
+def state(
+    report: Report,
+    levels: Mapping[str, float],
+    *,
+    missing: tuple[str, ...] = (),
+    unread: Collection[tuple[str, int]] = (),
+    steep: tuple[str, ...] = (),
+) -> None:
+    """States the claims; ``missing`` arms have no test runs, ``unread`` lack one, ``steep`` ones want a higher rate."""
+
     def outcome(run: Run) -> Result:
-        loss = levels[run.arm] + 0.1 * math.log(run.rate) ** 2 + 0.001 * run.seed
+        slope = -0.01 * math.log(run.rate) if run.arm in steep else 0.1 * math.log(run.rate) ** 2
+        loss = levels[run.arm] + slope + 0.001 * run.seed
         units = tuple(loss * tokens * (1 + 0.05 * index) for index, tokens in enumerate(TOKENS))
         return Result(sum(units) / sum(TOKENS), units, TOKENS, 1000, 1.0, {})
 
     done: dict[Run, Result] = {}
     while waiting := PLAN.next_runs(done):
         done[waiting[0]] = outcome(waiting[0])
+    left = {run: r for run, r in done.items() if run.arm not in missing or run.seed == 0}
+    pretrain_claims.state(report, PLAN, {run: r for run, r in left.items() if (run.arm, run.seed) not in unread})
+
+
+def claims(
+    levels: Mapping[str, float], missing: tuple[str, ...] = (), unread: Collection[tuple[str, int]] = ()
+) -> dict[str, Claim]:
     report = Report("pretrain_optimizers", [0, 1, 2])
-    pretrain_claims.state(report, PLAN, {run: r for run, r in done.items() if run.arm not in missing or run.seed == 0})
+    state(report, levels, missing=missing, unread=unread)
     return {claim.id: claim for claim in report.claims}
 
 
@@ -85,3 +102,17 @@ def test_an_arm_without_tested_seeds_leaves_its_claims_open() -> None:
     found = claims(LEVELS, missing=("galore",))
     assert found["frugal-beats-galore-ppl"].value is None
     assert found["frugal-ppl-gap-closed"].value is not None
+
+
+def test_one_common_seed_is_no_comparison() -> None:
+    found = claims(LEVELS, unread=[("galore", 2)])
+    assert found["frugal-beats-galore-ppl"].value is None and not found["frugal-beats-galore-ppl"].holds
+    assert found["frugal-ppl-gap-closed"].value is not None
+
+
+def test_arms_whose_best_rate_is_at_an_edge_are_named() -> None:
+    report = Report("pretrain_optimizers", [0, 1, 2])
+    state(report, {**LEVELS, "galore": 3.4}, steep=("galore",))
+    row = next(row for row in report.rows if "against galore" in str(row.get("says")))
+    assert row["at_edge"] == ["galore"]
+    assert all(row["at_edge"] == [] for row in report.rows if "density-0" in str(row.get("says")))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 from benchmarks.optimizers.runs import Record, Result, Run
+from benchmarks.report import commit
 
 RUN = Run("adamw", 1e-3 * 2**0.5, 1)
 RESULT = Result(1.25, (2.5, 5.0), (2, 4), 1024, 3.5, {"step_ms": 1.5})
@@ -16,6 +18,7 @@ def test_a_result_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert record.read() == {}
     record.add(RUN, RESULT)
     assert record.read() == {RUN: RESULT}
+    assert record.commits == {commit(): 1}
 
 
 def test_a_diverged_run_is_remembered_as_one(tmp_path: Path) -> None:
@@ -42,3 +45,16 @@ def test_a_line_cut_short_by_a_kill_costs_that_run_alone(tmp_path: Path) -> None
     second = Run("adamw", 1e-3, 2)
     record.add(second, RESULT)
     assert list(record.read()) == [RUN, second]
+
+
+def test_runs_are_counted_by_the_commit_that_did_them(tmp_path: Path) -> None:
+    record = Record(tmp_path / "runs.jsonl", {})
+    record.add(RUN, RESULT)
+    line = json.loads(record.path.read_text())
+    older = [{**line, "seed": 2, "commit": "abc1234"}, {**line, "seed": 3, "commit": "abc1234"}, {**line, "seed": 4}]
+    del older[2]["commit"]
+    record.path.write_text("\n".join(json.dumps(each) for each in (line, *older)))
+    assert len(record.read()) == 4
+    assert record.commits == {line["commit"]: 1, "abc1234": 2, "unknown": 1}
+    assert Record(record.path, {"steps": 3}).read() == {} and len(record.read()) == 4
+    assert record.commits == {line["commit"]: 1, "abc1234": 2, "unknown": 1}
