@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from trainers.method import Attached, Method, MethodConfig, TrainContext
+from trainers.optim.settings import basis_warnings, check_basis, in_range, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,47 +46,48 @@ class DctAdamWConfig(MethodConfig):
     """Added to the root of the mean square; larger is calmer."""
     weight_decay: float = 0.0
     """Share of each weight taken off per unit of learning rate (decoupled); biases and norms are spared."""
+    targets: tuple[str, ...] = ()
+    """Parts of names of the layers to project; none means the linear layers of attention and MLP."""
     compat: Literal["official"] | None = None
     """``official`` takes the published code's bases, sides and ties instead of ours; for comparisons."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, not {self.rank}")
-        if self.density is not None and not 0 < self.density <= 1:
-            raise ValueError(f"density must be in (0, 1], not {self.density}")
-        if self.update_gap < 1:
-            raise ValueError(f"update_gap must be at least 1, not {self.update_gap}")
-        if not self.hysteresis >= 0:
-            raise ValueError(f"hysteresis must not be negative, not {self.hysteresis}")
-        if not 1 <= self.learn_steps <= self.learn_gap:
-            raise ValueError(f"learn_steps must be in [1, learn_gap], not {self.learn_steps}")
+        check_basis(self)
+        whole("update_gap", self.update_gap)
+        in_range("hysteresis", self.hysteresis, low=0)
         for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+            in_range(name, getattr(self, name), low=0, high=1, open_high=True)
         if not self.epsilon > 0:
             raise ValueError(f"epsilon must be positive, not {self.epsilon}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must not be negative, not {self.weight_decay}")
-        if self.compat == "official" and self.basis != "dct":
-            raise ValueError(f"compat official is for basis dct, not {self.basis}")
 
     def warnings(self) -> list[str]:
         """Settings that have no effect as they are combined, one sentence each."""
-        found = []
-        if self.density is not None and self.rank != 256:
-            found.append("rank has no effect beside density")
-        if self.basis != "learned" and (self.learn_steps, self.learn_gap) != (10, 200):
-            found.append("learn_steps and learn_gap have no effect unless basis is learned")
+        found = basis_warnings(self)
+        if self.density == 1 and (self.update_gap, self.hysteresis, self.ages) != (1, 0.0, False):
+            found.append("update_gap, hysteresis and ages have no effect with density 1: every vector is kept")
         return found
 
 
 def attach(model: PreTrainedModel, config: DctAdamWConfig, context: TrainContext) -> Attached:
-    """Makes every weight trainable: matrices of blocks in their subspaces, the rest under plain AdamW."""
-    from trainers.optim import DctAdamW, split_parameters
+    """Makes every weight trainable: matrices of blocks in their subspaces, the rest under plain AdamW.
+
+    Args:
+        model: The base.
+        config: What is kept, and how.
+        context: The run around it.
+
+    Returns:
+        The model and the optimizer.
+
+    Raises:
+        ValueError: No layer is named by ``targets``.
+    """
+    from trainers.optim import DctAdamW
+    from trainers.optim.parameters import PROJECTED, split_parameters
 
     model.requires_grad_(True)
     optimizer = DctAdamW(
-        split_parameters(model),
+        split_parameters(model, project=config.targets or PROJECTED),
         lr=context.learning_rate,
         rank=config.rank,
         density=config.density,

@@ -91,13 +91,30 @@ class FrugalConfig(MethodConfig):
 
     def warnings(self) -> list[str]:
         """Settings that have no effect as they are combined, one sentence each."""
-        idle = {
-            "side": self.side != "std" and self.split not in ("svd", "random"),
-            "order": self.order != "random" and self.split != "block",
-            "block_columns": self.block_columns != 64 and self.split != "column_blocks",
-            "momentum": self.momentum != 0.9 and self.full != "sgdm",
-        }
-        return [f"{name} has no effect with split {self.split} and full {self.full}" for name in idle if idle[name]]
+        default = type(self)()
+        changed = {name for name in self.__dataclass_fields__ if getattr(self, name) != getattr(default, name)}
+        steady = self.density_end is None
+        found = []
+        for unless, has_it, names in (
+            ("split is svd or random", self.split in ("svd", "random"), ("side",)),
+            ("split is block", self.split == "block", ("order",)),
+            ("split is column_blocks", self.split == "column_blocks", ("block_columns",)),
+            ("full is sgdm", self.full == "sgdm", ("momentum",)),
+            ("full is adamw or lion", self.full != "sgdm", ("beta1", "beta2")),
+            ("full is adamw", self.full == "adamw", ("epsilon",)),
+            ("free is sign or sgd", self.free != "none", ("free_lr_scale",)),
+            ("some of a matrix has state", not steady or self.density > 0, _OF_STATE),
+            ("some of a matrix has none", not steady or self.density < 1 or bool(self.signed), _OF_A_PART),
+        ):
+            idle = [name for name in names if name in changed and not has_it]
+            found += [f"{name} has no effect unless {unless}" for name in idle]
+        both = [name for name in self.targets if any(other in name for other in self.signed)]
+        found += [f"{name} in targets has no effect: it is in signed too, which gives it no state" for name in both]
+        return found
+
+
+_OF_A_PART = ("free", "free_lr_scale", "update_gap", "state", "select", "stagger")
+_OF_STATE = ("split", "side", "order", "update_gap", "state", "select", "stagger", "block_columns", "moments")
 
 
 def attach(model: PreTrainedModel, config: FrugalConfig, context: TrainContext) -> Attached:

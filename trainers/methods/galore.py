@@ -19,7 +19,7 @@ class GaloreConfig(MethodConfig):
     rank: int | None = None
     """Rank of the subspace: higher has more capacity and takes more memory. None: a share, ``density``."""
     density: float = 0.25
-    """Rank as a share of a matrix's shorter side, in [0, 1], if ``rank`` is not given."""
+    """Rank as a share of a matrix's shorter side, in (0, 1], if ``rank`` is not given."""
     update_gap: int = 200
     """Steps between two decompositions, which take long: lower follows the gradient closer."""
     scale: float = 0.25
@@ -45,6 +45,10 @@ class GaloreConfig(MethodConfig):
         betas = (self.beta1, self.beta2)
         rest = {"betas": betas, "eps": self.epsilon, "lr": 0.0, "role": "projected"}
         check_galore({name: getattr(self, name) for name in names} | rest)
+
+    def warnings(self) -> list[str]:
+        """Settings that have no effect as they are combined, one sentence each."""
+        return ["density has no effect beside rank"] if self.rank is not None and self.density != 0.25 else []
 
 
 def attach(model: PreTrainedModel, config: GaloreConfig, context: TrainContext) -> Attached:

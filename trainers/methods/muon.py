@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from trainers.method import Attached, Method, MethodConfig, TrainContext
+from trainers.optim.settings import in_range
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,6 +24,8 @@ class MuonConfig(MethodConfig):
     """Factor for an (R, C) matrix: sqrt(max(1, R / C)), or 0.2 sqrt(max(R, C)), which moves weights as AdamW does."""
     weight_decay: float = 0.0
     """Share of each weight taken off per unit of learning rate (decoupled); biases and norms are spared."""
+    targets: tuple[str, ...] = ()
+    """Parts of names of the layers whose matrices Muon trains; none means the linear layers of attention and MLP."""
     adam_ratio: float = 0.015
     """Learning rate of embeddings, head, norms and biases, which AdamW trains, over that of the matrices."""
     adam_beta1: float = 0.9
@@ -32,22 +35,32 @@ class MuonConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         for name in ("momentum", "adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+            in_range(name, getattr(self, name), low=0, high=1, open_high=True)
         if not self.adam_ratio > 0:
             raise ValueError(f"adam_ratio must be positive, not {self.adam_ratio}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must not be negative, not {self.weight_decay}")
+        in_range("weight_decay", self.weight_decay, low=0)
 
 
 def attach(model: PreTrainedModel, config: MuonConfig, context: TrainContext) -> Attached:
-    """Makes every weight trainable: matrices of blocks under Muon, the rest under AdamW with a rate of its own."""
-    from trainers.optim import split_parameters
+    """Makes every weight trainable: matrices of blocks under Muon, the rest under AdamW with a rate of its own.
+
+    Args:
+        model: The base.
+        config: Rates and decays.
+        context: The run around it.
+
+    Returns:
+        The model and the optimizer.
+
+    Raises:
+        ValueError: No layer is named by ``targets``.
+    """
     from trainers.optim.muon import MuonAdamW
+    from trainers.optim.parameters import PROJECTED, split_parameters
 
     model.requires_grad_(True)
     groups = []
-    for group in split_parameters(model):
+    for group in split_parameters(model, project=config.targets or PROJECTED):
         decay = group.get("weight_decay", config.weight_decay)
         if group["role"] == "projected":
             # torch's Muon takes matrices alone; stacked experts and convolutions stay with AdamW.

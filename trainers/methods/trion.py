@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from trainers.method import Attached, Method, MethodConfig, TrainContext
+from trainers.optim.settings import basis_warnings, check_basis, in_range
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,39 +42,48 @@ class TrionConfig(MethodConfig):
     """AdamW's decay of the mean of the squared gradient, in [0, 1)."""
     adam_epsilon: float = 1e-10
     """Added to AdamW's root of the mean square; larger is calmer."""
+    learn_steps: int = 10
+    """Steps whose gradients a learned basis is made of."""
+    learn_gap: int = 200
+    """Steps between two learned bases, at least ``learn_steps``."""
+    targets: tuple[str, ...] = ()
+    """Parts of names of the layers to project; none means the linear layers of attention and MLP."""
     compat: Literal["official"] | None = None
     """``official`` takes the published code's pair of bases instead of one; for comparisons."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, not {self.rank}")
-        if self.density is not None and not 0 < self.density <= 1:
-            raise ValueError(f"density must be in (0, 1], not {self.density}")
+        check_basis(self)
         for name in ("momentum", "adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+            in_range(name, getattr(self, name), low=0, high=1, open_high=True)
         for name in ("adam_ratio", "adam_epsilon"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must not be negative, not {self.weight_decay}")
-        if self.compat == "official" and self.basis != "dct":
-            raise ValueError(f"compat official is for basis dct, not {self.basis}")
 
     def warnings(self) -> list[str]:
         """Settings that have no effect as they are combined, one sentence each."""
-        if self.density is not None and self.rank != 256:
-            return ["rank has no effect beside density"]
-        return []
+        return basis_warnings(self)
 
 
 def attach(model: PreTrainedModel, config: TrionConfig, context: TrainContext) -> Attached:
-    """Makes every weight trainable: matrices of blocks under Trion, the rest under AdamW with a rate of its own."""
-    from trainers.optim import Trion, split_parameters
+    """Makes every weight trainable: matrices of blocks under Trion, the rest under AdamW with a rate of its own.
+
+    Args:
+        model: The base.
+        config: What is kept, and how.
+        context: The run around it.
+
+    Returns:
+        The model and the optimizer.
+
+    Raises:
+        ValueError: No layer is named by ``targets``.
+    """
+    from trainers.optim import Trion
+    from trainers.optim.parameters import PROJECTED, split_parameters
 
     model.requires_grad_(True)
     optimizer = Trion(
-        split_parameters(model),
+        split_parameters(model, project=config.targets or PROJECTED),
         lr=context.learning_rate,
         rank=config.rank,
         density=config.density,
@@ -87,6 +97,8 @@ def attach(model: PreTrainedModel, config: TrionConfig, context: TrainContext) -
         adam_lr=context.learning_rate * config.adam_ratio,
         adam_betas=(config.adam_beta1, config.adam_beta2),
         adam_eps=config.adam_epsilon,
+        learn_steps=config.learn_steps,
+        learn_gap=config.learn_gap,
         seed=context.seed,
         compat=config.compat,
     )

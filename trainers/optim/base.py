@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trainers.optim.fit import Fit, check_fit
+from trainers.optim.tensors import sharded
 
 COUNTERS = ("step", "refreshes", "since", "learn_step")
 """State that is read as numbers, and so stays on the CPU."""
@@ -113,8 +114,10 @@ class LowMemoryOptimizer(torch.optim.Optimizer, ABC):
             parameter: To be changed in place.
 
         Raises:
-            ValueError: The gradient is sparse, the weights are complex, or the state does not fit them.
+            ValueError: The gradient is sparse, the weights are complex, sharded other than by rows, or the state does
+                not fit them.
         """
+        sharded(parameter)
         if parameter.is_complex():
             raise ValueError(
                 f"{type(self).__name__} takes no complex weights; give it torch.view_as_real of them as a parameter"

@@ -106,7 +106,8 @@ class Subspace:
         """
         if rows.whole is not None:
             return rows.whole @ self.vectors.mT
-        return torch.cat([rows.read(*tile) @ self.vectors.mT for tile in tiles(rows.height, rows.width)])
+        reach = tiles(rows.height, rows.width) or [(0, 0)]  # A process may hold no rows at all.
+        return torch.cat([rows.read(*tile) @ self.vectors.mT for tile in reach])
 
     def add_to(self, target: Tensor, coordinates: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> None:
         """``target = beta * target + alpha * coordinates @ vectors``, in place, without a temporary of its size.
@@ -135,7 +136,8 @@ class Columns(Subspace):
         """As ``Subspace.project``: the columns."""
         if rows.whole is not None:
             return rows.whole.index_select(1, self.index)
-        return torch.cat([rows.read(*tile).index_select(1, self.index) for tile in tiles(rows.height, rows.width)])
+        reach = tiles(rows.height, rows.width) or [(0, 0)]  # A process may hold no rows at all.
+        return torch.cat([rows.read(*tile).index_select(1, self.index) for tile in reach])
 
     def add_to(self, target: Tensor, coordinates: Tensor, *, alpha: float = 1.0, beta: float = 1.0) -> None:
         """As ``Subspace.add_to``."""

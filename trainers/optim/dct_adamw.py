@@ -13,7 +13,7 @@ that rotation keeps the state of vectors that stay, bit for bit, and zeroes that
 State of a matrix (m, n) with rows m >= n: 8 m r + 4 r + 4 bytes in float32 (4 r more with ``ages``), m n 4 more with
 full error feedback, m (n + 8 ceil(n / 256)) with 8 bits, m (n / 2 + 8 ceil(n / 256)) with 4; the basis, once for all
 layers of a size, is no state. Working memory: one matrix of the size of the largest parameter that is
-projected; a bfloat16 weight with ``role="full"`` takes several float32 copies of itself while it is stepped.
+projected.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from trainers.optim.learned import turn
 from trainers.optim.projected import Layout, ProjectedOptimizer, noise, wrap, write
 from trainers.optim.rules import Adam
 from trainers.optim.select import arrange, choose, forget
-from trainers.optim.settings import in_range
+from trainers.optim.settings import in_range, whole
 from trainers.optim.tensors import compute_dtype, local, sum_over_shards
 from trainers.optim.transform import Norm, Rows, plain_rows, tiles
 
-_STATE = ("exp_avg", "exp_avg_sq", "index", "age", "error_code", "error_low", "error_step")
+_CODED = ("error_code", "error_low", "error_step")
+_STATE = ("exp_avg", "exp_avg_sq", "index", "age", *_CODED)
 
 
 class DctAdamW(ProjectedOptimizer):
@@ -118,12 +119,12 @@ class DctAdamW(ProjectedOptimizer):
         needed: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "index")
         bits = BITS.get(group["feedback"])
         if group["feedback"] == "full":
-            return Fit({**shapes, "error": tuple(weight.shape)}, (*needed, "error"))
+            return Fit({**shapes, "error": tuple(weight.shape)}, (*needed, "error"), _CODED)
         if bits:
             shapes["error_code"] = (*stack, rows, width if bits == 8 else -(-width // 2))
             shapes |= dict.fromkeys(("error_low", "error_step"), (*stack, rows, -(-width // BLOCK)))
-            needed = (*needed, "error_code", "error_low", "error_step")
-        return Fit(shapes, needed)
+            return Fit(shapes, (*needed, *_CODED), ("error",))
+        return Fit(shapes, needed, ("error", *_CODED))
 
     def update(self, parameter: Tensor, group: dict[str, Any], place: int) -> None:
         """See the base class."""
@@ -204,8 +205,7 @@ class DctAdamW(ProjectedOptimizer):
         basis = self.basis(parameter, group, layout)
         rows = _corrected(gradient, own, BITS.get(group["feedback"]), mean.dtype)
         if step == 1 or step % group["update_gap"] == 0:
-            norm: Norm = 1 if group["compat"] == "official" and group["transform"] == "fft" else group["norm"]
-            spectrum = basis.spectrum(rows, norm)
+            spectrum = basis.spectrum(rows, group["norm"])
             scores = sum_over_shards(parameter, spectrum.scores) if layout.split else spectrum.scores
             self._choose(scores, group, own, first=step == 1)
             subspace = basis.subspace(own["index"])
@@ -277,9 +277,11 @@ def _check(group: dict[str, Any]) -> None:
     for name, beta in zip(("betas[0]", "betas[1]"), group["betas"], strict=True):
         in_range(name, beta, low=0, high=1, open_high=True)
     in_range("eps", group["eps"], low=0)
-    in_range("update_gap", group["update_gap"], low=1)
+    whole("update_gap", group["update_gap"])
     in_range("hysteresis", group["hysteresis"], low=0)
     if group["feedback"] not in ("none", "full", *BITS):
         raise ValueError(f"feedback must be none, full, 8bit or 4bit, not {group['feedback']!r}")
+    if group["compat"] == "official" and group["transform"] == "fft" and group["norm"] != 1:
+        raise ValueError("compat official with transform fft scores by norm 1, as published; leave norm at 1")
     if group["ages"] and not group["rotate"]:
         raise ValueError("ages needs rotate: without it a newcomer goes on with the state of another vector")

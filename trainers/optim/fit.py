@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from trainers.optim.tensors import local
+from trainers.optim.tensors import compute_dtype, local
 
 Shape = Sequence[int | range]
 """Sizes; a range where any of its numbers is one."""
@@ -20,6 +20,8 @@ class Fit(NamedTuple):
     """Of this process's part of each tensor, where it is there."""
     needed: Sequence[str] = ()
     """What has to be there."""
+    absent: Sequence[str] = ()
+    """What must not be there: the settings of the group have no use for it."""
 
 
 def check_fit(parameter: Tensor, state: Mapping[str, Any], fit: Fit) -> None:
@@ -31,12 +33,20 @@ def check_fit(parameter: Tensor, state: Mapping[str, Any], fit: Fit) -> None:
         fit: What it should be.
 
     Raises:
-        ValueError: A tensor is missing or of another shape.
+        ValueError: A tensor is missing, of another shape, too much, or of another floating dtype than updates are
+            computed in.
     """
     wrong = next((f"has no {name}" for name in fit.needed if name not in state), None)
+    wrong = wrong or next((f"has {name}" for name in fit.absent if name in state), None)
+    dtype = compute_dtype(parameter.dtype)
     for name, wanted in fit.shapes.items():
-        if wrong is None and name in state and not _matches(tuple(local(state[name]).shape), wanted):
-            wrong = f"has {name} of shape {tuple(local(state[name]).shape)}"
+        if wrong is not None or name not in state:
+            continue
+        value = local(state[name])
+        if not _matches(tuple(value.shape), wanted):
+            wrong = f"has {name} of shape {tuple(value.shape)}"
+        elif value.is_floating_point() and value.dtype != dtype:
+            wrong = f"has {name} in {value.dtype} instead of {dtype}"
     if wrong is not None:
         raise ValueError(
             f"the state of a parameter of shape {tuple(parameter.shape)} {wrong}, which does not fit the parameter and "

@@ -36,7 +36,8 @@ class Frugal(LowMemoryOptimizer):
     Sharded parameters (DTensor, by dimension 0) are stepped shard by shard without communication for ``columns``,
     ``column_blocks``, ``block`` and ``random`` with ``side="right"``; ``select="top"`` adds one number a column up.
 
-    Not covered: sparse and complex parameters; global-norm clipping and gradient scaling, which belong before the step.
+    Not covered: sparse and complex parameters; global-norm clipping and gradient scaling, which belong before the step;
+    NaN among the gradients: in the part without state it has the sign 0 and leaves no trace, so look at the loss.
     """
 
     def __init__(

@@ -7,6 +7,8 @@ then W <- (1 - lr wd) W.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,10 +16,14 @@ from torch import Tensor
 
 from trainers.optim.base import LowMemoryOptimizer, Parameters
 from trainers.optim.clock import ROUNDING, Turn, tick
+from trainers.optim.coordinates import Scratch
 from trainers.optim.fit import Fit, Shape, compact_shape, up_to
 from trainers.optim.projections import Basis, leading, rank_of, side_of
+from trainers.optim.rules import Adam, Age
 from trainers.optim.settings import check_galore
 from trainers.optim.tensors import as_matrix, compute_dtype, like, local, round_to, sharded
+from trainers.optim.transform import tiles
+from trainers.optim.whole import sweep_all
 
 
 class GaLore(LowMemoryOptimizer):
@@ -52,7 +58,7 @@ class GaLore(LowMemoryOptimizer):
                 ``role="full"``, vectors and scalars get the same Adam on the whole gradient, without ``scale``.
             lr: Learning rate.
             rank: Of the subspace; a smaller matrix gets its own full rank. None: see ``density``.
-            density: Rank as a share of the side, if ``rank`` is None; above 0 it is at least one.
+            density: Rank as a share of the side in (0, 1], at least 1, if ``rank`` is None.
             update_gap: Steps between decompositions, counted for each parameter.
             scale: Factor on the update of projected matrices.
             betas: Decay of the moments.
@@ -73,6 +79,10 @@ class GaLore(LowMemoryOptimizer):
         """See ``LowMemoryOptimizer.check``."""
         check_galore(group)
 
+    def _forget(self) -> None:
+        super()._forget()
+        self._scratch = Scratch()
+
     def fit(self, parameter: Tensor, group: dict[str, Any]) -> Fit:
         """See ``LowMemoryOptimizer.fit``."""
         names = ("exp_avg", "exp_avg_sq")
@@ -84,58 +94,59 @@ class GaLore(LowMemoryOptimizer):
         shapes: dict[str, Shape] = dict.fromkeys(names, (many, *compact_shape(side, m, n)))
         shapes |= {"left": (many, m, up_to(m)), "right": (many, up_to(n), n)}
         own = ("left", "right") if side == "full" else (side,)
-        return Fit(shapes, (*names, *own) if "exp_avg" in self.state[parameter] else ())
+        return Fit(shapes, (*names, *own))
 
     def update(self, parameter: Tensor, group: dict[str, Any], place: int) -> None:
         """Takes one step of one parameter; see ``LowMemoryOptimizer.update``."""
         assert parameter.grad is not None
+        if not parameter.numel():
+            return
         stack = None if group["role"] == "full" else as_matrix(parameter.shape)
         if stack is not None and sharded(parameter):
             raise ValueError(
                 "GaLore decomposes whole matrices, and this one is sharded by rows: use Frugal with split='columns', "
                 "or with split='random' and side='right'"
             )
-        state = self.state[parameter]
+        state, rule = (
+            self.state[parameter],
+            EarlyEps(beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"]),
+        )
         step = tick(state)
         turn = Turn(int(group["seed"]), place, part=0, step=step, refreshes=1, since=1, density=group["density"])
         weights, gradient = local(parameter), local(parameter.grad)
-        dtype = compute_dtype(weights.dtype)
-        g = gradient.to(dtype)
+        p, g = weights.contiguous(), gradient.contiguous()
+        source = turn.generator(ROUNDING, p.device) if p.dtype == torch.bfloat16 else None
+        rate = float(group["lr"])
+        decay = rate * group["weight_decay"]
         if stack is None:
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in rule.moments():
                 if name not in state:
-                    state[name] = like(parameter, torch.zeros_like(g))
-            if weights.is_meta:
-                return
-            change = _adam(g, local(state["exp_avg"]), local(state["exp_avg_sq"]), step, group)
+                    state[name] = like(parameter, torch.zeros_like(g, dtype=compute_dtype(p.dtype)))
+            if not p.is_meta:
+                moments = [local(state[name]) for name in rule.moments()]
+                sweep_all(p, g, moments, rule, step, rate, decay, source, self._scratch)
         else:
-            parts = g.reshape(stack)
+            parts = g.view(stack)
             if (step - 1) % group["update_gap"] == 0:
                 self._refresh(parts, state, group)
-            if weights.is_meta or "exp_avg" not in state:
-                return
-            change = torch.empty_like(parts)
-            for i in range(stack[0]):
-                basis = Basis(*(state[side][i] if side in state else None for side in ("left", "right")))
-                low = _adam(basis.down(parts[i]), state["exp_avg"][i], state["exp_avg_sq"][i], step, group)
-                change[i] = basis.up(low).mul_(group["scale"])
-            change = change.view(g.shape)
-        result = weights.to(dtype, copy=True).add_(change)
-        if group["weight_decay"]:
-            result.mul_(1 - float(group["lr"]) * group["weight_decay"])
-        source = turn.generator(ROUNDING, weights.device) if weights.dtype == torch.bfloat16 else None
-        round_to(weights, result, source)
+            if not p.is_meta:
+                for i, (w, part) in enumerate(zip(p.view(stack), parts, strict=True)):
+                    basis = Basis(*(state[side][i] if side in state else None for side in ("left", "right")))
+                    moments = [state[name][i] for name in rule.moments()]
+                    low = rule.delta(basis.down(part.to(compute_dtype(p.dtype))), moments, step, rate)
+                    _write(w, basis.up(low).mul_(group["scale"]), 1 - decay, source)
+        if p is not weights:
+            weights.copy_(p)
 
     def _refresh(self, parts: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Decomposes each matrix of a stack; its moments stay as they are."""
         many, *rest = parts.shape
         shape = (rest[0], rest[1])
         side = side_of(group["side"], shape)
-        share = max(1, rank_of(side, shape, group["density"])) if group["density"] else 0
+        share = max(1, rank_of(side, shape, group["density"]))
         rank = min(share if group["rank"] is None else group["rank"], *shape)
-        if rank == 0:
-            return
-        bases = [leading(part, side, rank) for part in parts]
+        dtype = compute_dtype(parts.dtype)
+        bases = [leading(part.to(dtype), side, rank) for part in parts]
         if side in ("left", "full"):
             state["left"] = torch.stack([basis.left for basis in bases if basis.left is not None])
         if side in ("right", "full"):
@@ -143,13 +154,32 @@ class GaLore(LowMemoryOptimizer):
         size = {"right": (shape[0], rank), "left": (rank, shape[1]), "full": (rank, rank)}[side]
         for name in ("exp_avg", "exp_avg_sq"):
             if name not in state:
-                state[name] = torch.zeros(many, *size, dtype=parts.dtype, device=parts.device)
+                state[name] = torch.zeros(many, *size, dtype=dtype, device=parts.device)
 
 
-def _adam(g: Tensor, mean: Tensor, square: Tensor, step: int, group: dict[str, Any]) -> Tensor:
-    """Moves the moments on, and gives what to add to the weights before ``scale``."""
-    beta1, beta2 = group["betas"]
-    mean.mul_(beta1).add_(g, alpha=1 - beta1)
-    square.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    rate = float(group["lr"]) * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
-    return mean.div(square.sqrt().add_(group["eps"])).mul_(-rate)
+@dataclass(frozen=True)
+class EarlyEps(Adam):
+    """Adam as GaLore has it: u = -rate sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps), and decay after the update."""
+
+    def delta(self, g: Tensor, moments: Sequence[Tensor], age: Age, rate: float) -> Tensor:
+        """See ``Rule``."""
+        mean, square = moments
+        mean.mul_(self.beta1).add_(g, alpha=1 - self.beta1)
+        square.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
+        corrected = rate * (1 - self.beta2**age) ** 0.5 / (1 - self.beta1**age)
+        return mean.div(square.sqrt().add_(self.eps)).mul_(-corrected)
+
+    def apply(self, p: Tensor, g: Tensor, moments: Sequence[Tensor], age: Age, rate: float, decay: float) -> None:
+        """See ``Rule``."""
+        p.add_(self.delta(g, moments, age, rate))
+        if decay:
+            p.mul_(1 - decay)
+
+
+def _write(w: Tensor, change: Tensor, kept: float, source: torch.Generator | None) -> None:
+    """``w = kept * (w + change)`` in the change's dtype, rounded where the weights are narrower."""
+    if w.dtype == change.dtype:
+        w.add_(change).mul_(kept)
+        return
+    for start, stop in tiles(*w.shape):
+        round_to(w[start:stop], change[start:stop].add_(w[start:stop]).mul_(kept), source)

@@ -37,7 +37,8 @@ def split_parameters(
     """Groups the parameters that train, for any of the optimizers of this package.
 
     Projected are the weights (not biases) of linear layers whose name contains one of ``project``, of convolutions
-    and of stacked experts likewise. Everything else keeps all its state: embeddings, the head, norms, biases, and
+    in two or more dimensions and of stacked experts likewise (a convolution in one dimension keeps all its state: its
+    weight has the shape of a stack). Everything else keeps all its state: embeddings, the head, norms, biases, and
     linear layers that are not named. A tied weight is listed once; it counts as what it is first registered as, which
     for a language model is the embedding.
 
@@ -115,6 +116,8 @@ def _is_projected(
     for kind, wanted in (("embeddings", embeddings), ("norms", norms), ("head", head)):
         if is_kind(kind, owner, module):
             return wanted and (kind != "head" or leaf == "weight")
+    if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):  # Three dimensions as well, but no stack of experts.
+        return False
     return parameter.dim() >= 2 and "bias" not in leaf and any(part in owner for part in project)
 
 

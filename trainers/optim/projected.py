@@ -15,13 +15,15 @@ from torch import Tensor
 
 from trainers.optim.base import LowMemoryOptimizer
 from trainers.optim.bases import KINDS, Basis, Subspace, get_basis
+from trainers.optim.coordinates import Scratch
 from trainers.optim.fit import Fit, Shape
 from trainers.optim.keyed import generator, key
 from trainers.optim.learned import eigenbasis, family, gram, names_of, plan
 from trainers.optim.rules import Adam
-from trainers.optim.settings import in_range
+from trainers.optim.settings import in_range, whole
 from trainers.optim.tensors import as_matrix, compute_dtype, like, local, round_to, sharded, sum_over_shards
 from trainers.optim.transform import tiles
+from trainers.optim.whole import sweep_all
 
 
 class Layout(NamedTuple):
@@ -87,8 +89,8 @@ class ProjectedOptimizer(LowMemoryOptimizer):
             names = ("exp_avg", "exp_avg_sq")
             return Fit(dict.fromkeys(names, tuple(local(parameter).shape)), names)
         square: Shape = (layout.width, layout.width)
-        shapes, needed = self.fit_matrix(parameter, group, layout)
-        return Fit({"gram": square, "eigenbasis": square, **shapes}, needed)
+        own = self.fit_matrix(parameter, group, layout)
+        return own._replace(shapes={"gram": square, "eigenbasis": square, **own.shapes})
 
     @abstractmethod
     def fit_matrix(self, parameter: Tensor, group: dict[str, Any], layout: Layout) -> Fit:
@@ -242,7 +244,7 @@ class ProjectedOptimizer(LowMemoryOptimizer):
 
     def _forget(self) -> None:
         super()._forget()
-        self._held, self._leaders = {}, {}
+        self._held, self._leaders, self._scratch = {}, {}, Scratch()
 
     def update_full(self, parameter: Tensor, group: dict[str, Any], place: int, rule: Adam) -> None:
         """One step of plain AdamW.
@@ -263,12 +265,13 @@ class ProjectedOptimizer(LowMemoryOptimizer):
         age, rate = int(state["step"]), float(group["lr"])
         moments = [local(state[name]) for name in rule.moments()]
         decay = rate * group["weight_decay"]
-        if weight.dtype == dtype:
-            rule.apply(weight, gradient.to(dtype), moments, age, rate, decay)
+        if weight.is_meta:
             return
-        wide = weight.to(dtype)
-        rule.apply(wide, gradient.to(dtype), moments, age, rate, decay)
-        round_to(weight, wide, noise(weight, group, place, age))
+        work = weight.contiguous()
+        draw = noise(weight, group, place, age)
+        sweep_all(work, gradient.contiguous(), moments, rule, age, rate, decay, draw, self._scratch)
+        if work is not weight:
+            weight.copy_(work)
 
 
 def write(
@@ -341,8 +344,7 @@ def check_group(group: dict[str, Any]) -> None:
     in_range("lr", group["lr"], low=0)
     in_range("weight_decay", group["weight_decay"], low=0)
     if group["density"] is None:
-        if not (isinstance(group["rank"], int) and group["rank"] >= 1):
-            raise ValueError(f"rank must be a whole number of at least 1, not {group['rank']}")
+        whole("rank", group["rank"])
     elif not 0 < group["density"] <= 1:
         raise ValueError(f"density must be in (0, 1], not {group['density']}")
     allowed: dict[str, tuple[object, ...]] = {
@@ -357,7 +359,8 @@ def check_group(group: dict[str, Any]) -> None:
         if group.get(name) not in values:
             raise ValueError(f"{name} must be one of {', '.join(map(str, values))}, not {group[name]!r}")
     if group["basis"] == "learned":
-        in_range("learn_steps", group["learn_steps"], low=1)
+        whole("learn_steps", group["learn_steps"])
+        whole("learn_gap", group["learn_gap"])
         in_range("learn_gap", group["learn_gap"], low=group["learn_steps"])
     if group["transform"] == "fft" and group["basis"] != "dct":
         raise ValueError(f"transform fft is for basis dct; {group['basis']} has no FFT")

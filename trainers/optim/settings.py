@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 _WORDS = {
     "split": ("columns", "column_blocks", "rows", "randk", "block", "svd", "random"),
@@ -34,14 +34,14 @@ def check_frugal(group: dict[str, Any]) -> None:
         in_range(name, float(group[name]), low=0)
     in_range("density", group["density"], low=0, high=1)
     for name in ("update_gap", "block_columns"):
-        in_range(name, group[name], low=1)
+        whole(name, group[name])
     _check_betas(group["betas"])
     in_range("momentum", group["momentum"], low=0, high=1, open_high=True)
     if (group["density_end"] is None) != (group["decay_steps"] is None):
         raise ValueError("density_end and decay_steps go together: the density to reach, and the steps to get there")
     if group["density_end"] is not None:
         in_range("density_end", group["density_end"], low=0, high=1)
-        in_range("decay_steps", group["decay_steps"], low=1)
+        whole("decay_steps", group["decay_steps"])
     split, state = group["split"], group["state"]
     if group["select"] == "top" and split not in _LINES:
         raise ValueError(f"select='top' picks among {', '.join(_LINES)}; split={split!r} has none")
@@ -69,10 +69,80 @@ def check_galore(group: dict[str, Any]) -> None:
     for name in ("lr", "scale", "weight_decay", "eps"):
         in_range(name, float(group[name]), low=0)
     in_range("density", group["density"], low=0, high=1)
-    in_range("update_gap", group["update_gap"], low=1)
+    if group["density"] == 0:
+        raise ValueError("density 0 would train no matrix: GaLore drops what lies outside its subspace")
+    whole("update_gap", group["update_gap"])
     if group["rank"] is not None:
-        in_range("rank", group["rank"], low=1)
+        whole("rank", group["rank"])
     _check_betas(group["betas"])
+
+
+class Basis(Protocol):
+    """What the jobs of DCT-AdamW and Trion have in common."""
+
+    @property
+    def rank(self) -> int:
+        """Basis vectors kept."""
+
+    @property
+    def density(self) -> float | None:
+        """Share of them, instead."""
+
+    @property
+    def basis(self) -> str:
+        """Where to look for them."""
+
+    @property
+    def learn_steps(self) -> int:
+        """Steps that a learned one is made of."""
+
+    @property
+    def learn_gap(self) -> int:
+        """Steps between two."""
+
+    @property
+    def weight_decay(self) -> float:
+        """Decoupled."""
+
+    @property
+    def compat(self) -> str | None:
+        """The published code's bases."""
+
+
+def check_basis(config: Basis) -> None:
+    """Checks what the jobs of DCT-AdamW and Trion have in common.
+
+    Args:
+        config: Of a job.
+
+    Raises:
+        ValueError: A setting is out of range, or does not go with another.
+    """
+    whole("rank", config.rank)
+    if config.density is not None and not 0 < config.density <= 1:
+        raise ValueError(f"density must be in (0, 1], not {config.density}")
+    if not 1 <= config.learn_steps <= config.learn_gap:
+        raise ValueError(f"learn_steps must be in [1, learn_gap], not {config.learn_steps}")
+    in_range("weight_decay", config.weight_decay, low=0)
+    if config.compat == "official" and config.basis != "dct":
+        raise ValueError(f"compat official is for basis dct, not {config.basis}")
+
+
+def basis_warnings(config: Basis) -> list[str]:
+    """Settings of a job of DCT-AdamW or Trion that have no effect.
+
+    Args:
+        config: Of a job.
+
+    Returns:
+        One sentence each.
+    """
+    found = []
+    if config.density is not None and config.rank != 256:
+        found.append("rank has no effect beside density")
+    if config.basis != "learned" and (config.learn_steps, config.learn_gap) != (10, 200):
+        found.append("learn_steps and learn_gap have no effect unless basis is learned")
+    return found
 
 
 def in_range(name: str, value: float, *, low: float, high: float | None = None, open_high: bool = False) -> None:
@@ -93,6 +163,20 @@ def in_range(name: str, value: float, *, low: float, high: float | None = None, 
         end = "" if high is None else f", {high}{')' if open_high else ']'}"
         wanted = f"at least {low}" if high is None else f"in [{low}{end}"
         raise ValueError(f"{name} must be {wanted}, not {value}")
+
+
+def whole(name: str, value: object) -> None:
+    """Raises ``ValueError`` for a setting that counts something and is no whole number of at least 1.
+
+    Args:
+        name: Of the setting.
+        value: As given.
+
+    Raises:
+        ValueError: It is less than 1, or not whole.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
 def _one_of(name: str, value: object) -> None:

@@ -7,8 +7,7 @@ For a gradient G of rows of n numbers and a basis Q, each step does
     W = (1 - lr wd) W - lr scale orthogonalize(a) Q[chosen]
 
 on one device or many, with or without a process group. State: the momentum, 4 m n bytes in float32 (as much as Muon);
-nothing of the choice is stored. Working memory: one matrix of the size of the largest parameter that is
-projected; a bfloat16 weight with ``role="full"`` takes several float32 copies of itself while it is stepped.
+nothing of the choice is stored. Working memory: one matrix of the size of the largest parameter that is projected.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def sweep_all(
         scratch: Buffers.
     """
     dtype = compute_dtype(p.dtype)
-    one_call = isinstance(rule, Adam) and fusable(p, g, *moments)
+    one_call = type(rule) is Adam and fusable(p, g, *moments)
     size = TILE if p.device.type == "cpu" and not one_call else max(1, p.numel())
     weights, gradient, state = p.view(-1), g.view(-1), [moment.view(-1) for moment in moments]
     for start in range(0, p.numel(), size):

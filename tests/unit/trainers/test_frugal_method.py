@@ -82,3 +82,16 @@ def test_settings_without_effect_warn() -> None:
     for settings in ({"side": "left"}, {"order": "mirror"}, {"block_columns": 8}, {"momentum": 0.5}):
         assert next(iter(settings)) in config(**settings).warnings()[0]
     assert config(split="svd", side="left").warnings() == []
+    for settings, idle in (
+        ({"full": "lion", "epsilon": 1e-6}, ["epsilon"]),
+        ({"full": "sgdm", "beta1": 0.5, "epsilon": 1e-6}, ["beta1", "epsilon"]),
+        ({"free": "none", "free_lr_scale": 0.5}, ["free_lr_scale"]),
+        ({"density": 0.0, "split": "rows", "moments": "int8"}, ["split", "moments"]),
+        ({"density": 1.0, "update_gap": 5, "free": "sgd"}, ["free", "update_gap"]),
+        ({"targets": ("q_proj", "mlp"), "signed": ("q_proj",)}, ["q_proj"]),
+        ({"density": 0.0, "density_end": 0.5, "decay_steps": 9, "split": "rows"}, []),
+        ({"density": 1.0, "signed": ("mlp",), "free": "sgd"}, []),
+        ({"full": "lion", "beta1": 0.5}, []),
+    ):
+        warned = config(**settings).warnings()  # type: ignore[arg-type]
+        assert [line.split()[0] for line in warned] == idle, settings

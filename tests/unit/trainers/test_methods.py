@@ -12,7 +12,10 @@ import torch
 
 from core.config_docs import fields_doc
 from core.models.load import load
+from trainers.method import TrainContext
 from trainers.registry import METHODS, get_method, method_schema
+
+CONTEXT: dict[str, Any] = {"learning_rate": 1e-3, "seed": 3, "activation_checkpointing": False, "mean": float}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -113,3 +116,41 @@ def test_describing_methods_and_runs_needs_no_torch() -> None:
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "idle"),
+    [
+        ("dct_adamw", {}, []),
+        ("dct_adamw", {"density": 0.5, "rank": 8}, ["rank"]),
+        ("dct_adamw", {"learn_gap": 50}, ["learn_steps"]),
+        ("dct_adamw", {"basis": "learned", "learn_gap": 50}, []),
+        ("dct_adamw", {"density": 1.0, "update_gap": 4}, ["update_gap,"]),
+        ("trion", {"density": 0.5, "rank": 8}, ["rank"]),
+        ("trion", {"learn_steps": 5}, ["learn_steps"]),
+        ("galore", {"rank": 8}, []),
+        ("galore", {"rank": 8, "density": 0.5}, ["density"]),
+    ],
+)
+def test_settings_without_effect_warn(name: str, settings: dict[str, Any], idle: list[str]) -> None:
+    assert [line.split()[0] for line in METHODS[name].config(**settings).warnings()] == idle
+
+
+@pytest.mark.parametrize("name", ["galore", "dct_adamw", "trion", "muon"])
+def test_targets_choose_what_is_projected(name: str, tiny_llama: object) -> None:
+    method, context = METHODS[name], TrainContext(**CONTEXT)
+    attached = method.attach(load("tiny-llama").model, method.config(targets=("q_proj", "down_proj")), context)
+    names = {p: name for name, p in attached.model.named_parameters()}
+    groups = attached.optimizer.param_groups
+    projected = {names[p] for group in groups if group.get("role") != "full" for p in group["params"]}
+    assert projected == {name for name in names.values() if "q_proj" in name or "down_proj" in name}
+    with pytest.raises(ValueError, match="linear layers"):
+        method.attach(load("tiny-llama").model, method.config(targets=("nonsense",)), context)
+
+
+@pytest.mark.parametrize("name", ["dct_adamw", "trion"])
+def test_learned_bases_are_made_as_a_job_says(name: str, tiny_llama: object) -> None:
+    method = METHODS[name]
+    config = method.config(basis="learned", learn_steps=3, learn_gap=7)
+    groups = method.attach(load("tiny-llama").model, config, TrainContext(**CONTEXT)).optimizer.param_groups
+    assert all((group["learn_steps"], group["learn_gap"]) == (3, 7) for group in groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tests.unit.trainers.optim.projected_helpers import follow, gradients, start
-from trainers.optim import DctAdamW, Trion
+from trainers.optim import DctAdamW, Frugal, GaLore, Trion
 
 # Seven rows do not divide by two; (1, 8) leaves the second process with none; experts are split whole.
 SHAPES = ((20, 12), (7, 12), (1, 8), (4, 6, 8), (9,), (6, 3, 2, 2))
@@ -51,6 +52,72 @@ def sharded() -> None:
                     other = value.full_tensor()
                     assert other.shape == one.state[p][name].shape, name
                     assert torch.allclose(other.double(), one.state[p][name].double(), atol=1e-9), name
+
+
+def nothing_held() -> None:
+    """A process may hold no row of a bfloat16 weight, whose rows are read tile by tile."""
+    mesh = init_device_mesh("cpu", (2,))
+    for basis in ("dct", "identity"):
+        weight = nn.Parameter(distribute_tensor(torch.ones(1, 8, dtype=torch.bfloat16), mesh, [Shard(0)]))
+        optimizer = DctAdamW([weight], lr=1e-2, rank=4, basis=basis, update_gap=3, transform="matmul")
+        for _ in range(5):
+            weight.grad = distribute_tensor(torch.ones(1, 8, dtype=torch.bfloat16), mesh, [Shard(0)])
+            optimizer.step()
+        assert isinstance(weight, DTensor)
+        assert bool((weight.full_tensor() != 1).any())
+
+
+def columns_refused() -> None:
+    """Weights sharded by columns (tensor parallel) are refused before anything is written."""
+    mesh = init_device_mesh("cpu", (2,))
+    for kind in (Frugal, GaLore, DctAdamW, Trion):
+        for role in ("full", "projected"):
+            weight = nn.Parameter(distribute_tensor(torch.ones(6, 8), mesh, [Shard(1)]))
+            optimizer = kind([{"params": [weight], "role": role}])
+            weight.grad = distribute_tensor(torch.ones(6, 8), mesh, [Shard(1)])
+            try:
+                optimizer.step()
+            except ValueError as error:
+                assert "sharded by dimension 0" in str(error), error
+            else:
+                raise AssertionError((kind, role))
+            assert not optimizer.state and bool((weight.to_local() == 1).all())  # type: ignore[attr-defined]
+
+
+def float32() -> None:
+    """Averaged by DDP, gradients differ from one process's by rounding, and hardly a weight by more than that."""
+    arms: list[tuple[Any, dict[str, Any]]] = [
+        (Frugal, {"update_gap": 3}),
+        (Frugal, {"density": 0.0}),
+        (Frugal, {"update_gap": 3, "select": "top"}),
+        (GaLore, {"rank": 4, "update_gap": 3}),
+        (DctAdamW, {"rank": 4}),
+        (Trion, {"rank": 4}),
+    ]
+    for kind, settings in arms:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(24, 64), nn.Tanh(), nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 24))
+        alone = copy.deepcopy(model)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        pairs = [(wrapped, kind(model.parameters(), **settings)), (alone, kind(alone.parameters(), **settings))]
+        draw = torch.Generator().manual_seed(5)
+        for step in range(4):
+            x = torch.randn(64, 24, generator=draw)
+            mine = x[dist.get_rank() * 32 : dist.get_rank() * 32 + 32]
+            for (net, optimizer), rows in zip(pairs, (mine, x), strict=True):
+                optimizer.zero_grad()
+                (net(rows) - rows.roll(1, 1)).square().mean().backward()
+                if step:
+                    optimizer.step()
+            if not step:  # Of equal weights.
+                one, two = (torch.cat([p.grad.flatten() for p in net.parameters()]) for net, _ in pairs)
+                assert float((one - two).norm() / two.norm()) <= 1e-5, kind
+                for _, optimizer in pairs:
+                    optimizer.step()
+        apart = torch.cat(
+            [((p - q).abs() > 1e-4).flatten() for p, q in zip(model.parameters(), alone.parameters(), strict=True)]
+        )
+        assert float(apart.float().mean()) <= 1e-4, (kind, settings, int(apart.sum()), apart.numel())
 
 
 def replicas() -> None:
@@ -108,8 +175,10 @@ def fsdp() -> None:
             assert difference <= 1e-9, (kind.__name__, settings, tuple(p.shape), difference)
 
 
+ODD = {"nothing_held": nothing_held, "columns_refused": columns_refused}
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    {"sharded": sharded, "replicas": replicas, "fsdp": fsdp}[sys.argv[1]]()
+    {"sharded": sharded, "replicas": replicas, "fsdp": fsdp, "float32": float32, **ODD}[sys.argv[1]]()
     dist.barrier()  # The first to leave would cut off the other's last exchange.
     dist.destroy_process_group()

@@ -199,10 +199,10 @@ def test_importing_needs_torch_alone_and_prints_nothing() -> None:
 @pytest.mark.parametrize("transform", ["matmul", "fft"])
 def test_official_bases_of_dct_adamw_are_two(shape: tuple[int, int], transform: Any) -> None:
     weight, grads = start(shape), gradients(shape)
-    optimizer = DctAdamW([weight], rank=4, lr=1e-2, transform=transform, norm=2, compat="official")
-    follow(optimizer, [{weight: g} for g in grads])
-    # By FFT the published code scores by l1 whatever is asked for.
+    # By FFT the published code scores by l1 whatever is asked for: asking for l2 is refused.
     basis, norm = (_transposed, 2) if transform == "matmul" else (bases.cosines, 1)
+    optimizer = DctAdamW([weight], rank=4, lr=1e-2, transform=transform, norm=norm, compat="official")
+    follow(optimizer, [{weight: g} for g in grads])
     start_at, own = start(shape).detach().numpy(), [g.numpy() for g in grads]
     wanted, _ = dct_adamw.run(start_at, own, basis=basis, rank=4, lr=1e-2, norm=norm)
     assert np.abs(weight.detach().numpy() - wanted).max() <= 1e-9

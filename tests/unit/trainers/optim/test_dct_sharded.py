@@ -19,7 +19,7 @@ def _port() -> int:
         return int(free.getsockname()[1])
 
 
-@pytest.mark.parametrize("check", ["sharded", "replicas", "fsdp"])
+@pytest.mark.parametrize("check", ["sharded", "replicas", "fsdp", "float32", "nothing_held", "columns_refused"])
 def test_two_processes_are_one(check: str) -> None:
     port = _port()
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}

@@ -63,11 +63,10 @@ def test_a_stack_is_so_many_matrices() -> None:
 
 def test_rank_may_be_a_share_and_is_cut_at_a_small_matrix() -> None:
     w, gradients = problem((6, 20), 1)
-    for settings, rank in (({"density": 0.5}, 3), ({"rank": 100}, 6), ({"density": 0.0}, None)):
+    for settings, rank in (({"density": 0.5}, 3), ({"rank": 100}, 6), ({"density": 1e-9}, 1)):
         (p,), optimizer = run(lambda ps, s=settings: GaLore(ps, **s), [w], [[gradients[0]]])
         state = optimizer.state[p]
-        assert (state["exp_avg"].shape[1] if rank else state.get("exp_avg")) == rank
-        assert rank or np.array_equal(p.detach().numpy(), w)
+        assert state["exp_avg"].shape[1] == rank
 
 
 @pytest.mark.parametrize(
@@ -76,6 +75,8 @@ def test_rank_may_be_a_share_and_is_cut_at_a_small_matrix() -> None:
         {"lr": -1.0},
         {"rank": 0},
         {"density": 1.5},
+        {"density": 0.0},
+        {"update_gap": 2.5},
         {"update_gap": 0},
         {"betas": (0.9, 1.0)},
         {"side": "top"},

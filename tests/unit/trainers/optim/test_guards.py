@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from trainers.optim import DctAdamW, Frugal, GaLore, Trion
 from trainers.optim.rules import fusable
@@ -87,6 +89,50 @@ def test_feedback_that_changes_late_is_refused() -> None:
         optimizer.param_groups[0]["feedback"] = feedback
         with pytest.raises(ValueError, match="has no error"):
             _step(weight, optimizer)
+    for feedback, other in (("full", "none"), ("8bit", "none"), ("full", "4bit"), ("4bit", "full")):
+        weight, optimizer = _made(DctAdamW, (12, 20), rank=4, feedback=feedback)
+        _step(weight, optimizer)
+        optimizer.param_groups[0]["feedback"] = other
+        with pytest.raises(ValueError, match="which does not fit the parameter"):
+            _step(weight, optimizer)
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("role", ["projected", "full"])
+def test_state_of_another_dtype_is_refused(kind: Any, role: str) -> None:
+    settings = {"role": role} | ({"rank": 4} if kind is not Frugal else {})
+    double = nn.Parameter(torch.ones(12, 20, dtype=torch.float64))
+    source = kind([{"params": [double], **settings}])
+    _step(double, source)
+    _, optimizer = _made(kind, (12, 20), **settings)
+    with pytest.raises(ValueError, match=r"in torch\.float64 instead of torch\.float32"):
+        optimizer.load_state_dict(source.state_dict())
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_full_bfloat16_weight_is_stepped_in_tiles(kind: Any) -> None:
+    """No tensor of its size is made beside its state: an embedding is the largest weight of all."""
+    weight = nn.Parameter(torch.ones(4096, 2560, dtype=torch.bfloat16))
+    optimizer = kind([{"params": [weight], "role": "full"}])
+    _step(weight, optimizer)
+    weight.grad = torch.ones_like(weight)
+    with _Largest() as largest:
+        optimizer.step()
+    assert 0 < largest.numel <= weight.numel() // 8
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements of any tensor that is made while this is on."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given]
+        self.numel = max([self.numel, *(x.numel() for x in made)])
+        return out
 
 
 def test_the_fused_kernel_is_for_tensors_of_one_shape() -> None:
@@ -110,6 +156,12 @@ def test_complex_weights_are_refused_and_stay(kind: Any, role: str) -> None:
     [
         (DctAdamW, {"feedback": "16bit"}, "feedback must be"),
         (DctAdamW, {"rank": 0}, "rank must be"),
+        (DctAdamW, {"rank": 2.5}, "rank must be a whole number"),
+        (DctAdamW, {"update_gap": 2.5}, "update_gap must be a whole number"),
+        (DctAdamW, {"basis": "learned", "learn_steps": 1.5}, "learn_steps must be a whole number"),
+        (Frugal, {"update_gap": 2.5}, "update_gap must be a whole number"),
+        (Frugal, {"density_end": 0.1, "decay_steps": True}, "decay_steps must be a whole number"),
+        (DctAdamW, {"compat": "official", "transform": "fft", "norm": 2}, "scores by norm 1"),
         (DctAdamW, {"ages": True, "rotate": False}, "ages needs rotate"),
         (Trion, {"rank": 0}, "rank must be"),
         (Trion, {"steps": 9}, "steps must be"),

@@ -32,7 +32,7 @@ class Toy(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(10, 4)
         self.attn = nn.ModuleDict({"query": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
-        self.mlp = nn.Conv1d(4, 4, 3)
+        self.mlp = nn.Conv2d(4, 4, 3)
         self.other = nn.Linear(4, 4)
         self.lm_head = nn.Linear(4, 10, bias=False)
         if tied:
@@ -85,3 +85,10 @@ def test_the_package_imports_torch_alone() -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     assert torch.__version__
+
+
+def test_a_convolution_in_one_dimension_is_no_stack_of_experts() -> None:
+    model = nn.ModuleDict({"mlp": nn.Sequential(nn.Conv1d(4, 6, 3), nn.Conv2d(4, 6, 3), nn.Linear(6, 6))})
+    roles = {name: group["role"] for group in split_parameters(model) for name in group["names"]}
+    weights = {name: role for name, role in roles.items() if name.endswith("weight")}
+    assert weights == {"mlp.0.weight": "full", "mlp.1.weight": "projected", "mlp.2.weight": "projected"}
