@@ -4,7 +4,7 @@ Reported is the loss of held-out answers (accuracy is near 0 at this size), peak
 3 apart, around each method's usual value, widened where the best is at an edge, are compared on dev with seed 0; then
 test with other seeds, the same rows in the same order across arms for a seed. Intervals are of the difference from full
 AdamW, by paired bootstrap over seeds and rows. Finished runs are kept in a work file; run the script again to go on.
-Speeds are of one thread beside ``--workers`` - 1 others. Needs public data (``--data-dir``).
+Speeds are by processor time of one thread, of runs one after another. Needs public data (``--data-dir``).
 """
 
 from __future__ import annotations

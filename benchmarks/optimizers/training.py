@@ -32,7 +32,8 @@ class Trained:
     held_bytes: int
     """The same of all that they held, bases that layers share and working memory included."""
     step_seconds: list[float]
-    """Forward, backward and step, of each step."""
+    """Forward, backward and step, of each step: seconds of the processor, so that other processes hardly matter. With
+    more threads than one it is the sum over them."""
     optimizer_seconds: list[float]
     """The optimizers' part of it."""
     last_loss: float
@@ -62,13 +63,13 @@ def train(
         share = factor(step, total=steps, warmup=warmup, schedule="cosine")
         for group, peak in zip(groups, peaks, strict=True):
             group.update({name: value * share for name, value in peak.items()})
-        began = time.perf_counter()
+        began = time.process_time()
         found = loss(drawn.pop() if drawn else next(source))
         found.backward()  # type: ignore[no-untyped-call]
-        between = time.perf_counter()
+        between = time.process_time()
         for optimizer in optimizers:
             optimizer.step()
-        ended = time.perf_counter()
+        ended = time.process_time()
         took.append(ended - began)
         stepped.append(ended - between)
         losses.append(found.item())
