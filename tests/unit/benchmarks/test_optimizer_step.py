@@ -8,6 +8,7 @@ import torch
 from benchmarks import optimizer_step
 from benchmarks.optimizers import formulas
 from benchmarks.optimizers.steps import no_svd
+from benchmarks.optimizers.variants import state_rows
 from benchmarks.report import Report
 
 
@@ -70,3 +71,11 @@ def test_the_stand_in_for_svd_has_its_shapes_and_leaves_with_the_block() -> None
         u, s, vh = torch.linalg.svd(torch.eye(6, 4), full_matrices=False)
         assert (u.shape, s.shape, vh.shape) == ((6, 4), (4,), (4, 4))
     assert torch.linalg.svd is real
+
+
+@pytest.mark.parametrize("shape", [(1024, 512), (512, 1024), (512, 512)])
+def test_variants_keep_what_is_said(shape: tuple[int, int]) -> None:
+    rows = state_rows(*shape, 64)
+    assert {"frugal-columns moments int8", "dct-adamw feedback 4bit"} <= {row["arm"] for row in rows}
+    for row in rows:
+        assert row["state_bytes"] == pytest.approx(row["formula_bytes"], rel=0.01), row["arm"]
