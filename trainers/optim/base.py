@@ -143,10 +143,7 @@ class LowMemoryOptimizer(torch.optim.Optimizer, ABC):
         Returns:
             What the closure returned, or None.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -193,3 +190,18 @@ class LowMemoryOptimizer(torch.optim.Optimizer, ABC):
     def _forget(self) -> None:
         """Drops what can be worked out again."""
         self._places = {}
+
+
+def loss_of(closure: Callable[[], Any] | None) -> Any:
+    """What a closure returns, computed with gradients on.
+
+    Args:
+        closure: Of ``step``, or None.
+
+    Returns:
+        The loss, or None.
+    """
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from trainers.optim.base import loss_of
+
 _KINDS: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
     "projected": torch.optim.Muon,
     "full": torch.optim.AdamW,
@@ -61,10 +63,7 @@ class MuonAdamW(torch.optim.Optimizer):
         Returns:
             What the closure returned, or None.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for part in self._parts:
             part.step()
         return loss

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from trainers.optim.base import LowMemoryOptimizer
+from trainers.optim.base import LowMemoryOptimizer, loss_of
 from trainers.optim.bases import KINDS, Basis, Subspace, get_basis
 from trainers.optim.coordinates import Scratch
 from trainers.optim.fit import Fit, Shape
@@ -170,10 +170,7 @@ class ProjectedOptimizer(LowMemoryOptimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """As in the base class; learned bases look at the gradients before any parameter moves."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         if any(group["basis"] == "learned" for group in self.param_groups):
             with torch.no_grad():
                 self._learn()
