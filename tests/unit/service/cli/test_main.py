@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from tests.unit.service.cli.conftest import Run, Script
@@ -48,12 +49,14 @@ def test_a_file_that_is_not_there_is_wrong_usage(run: Run, script: Script, tmp_p
 def test_ctrl_c_is_130_without_a_traceback(script: Script, tmp_path: Path) -> None:
     environment = os.environ | {"GRADHELM_HOME": str(tmp_path)}
     argv = [sys.executable, "-m", "service.cli", "jobs", "follow", "ftjob-1", "--url", "http://127.0.0.1:9"]
-    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=environment)
+    # A shell ignores Ctrl-C for what it starts in the background, and processes inherit that: as in the foreground.
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=listening)
     assert process.stderr is not None
     assert "Trying again" in process.stderr.readline()
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=20)
+    _, rest = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in rest
     assert "the job goes on" in rest and "gradhelm jobs cancel ftjob-1" in rest
