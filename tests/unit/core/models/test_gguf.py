@@ -30,8 +30,11 @@ NAMES = {
 }
 
 
-def write_gguf(directory: Path, target: Path) -> None:
-    """Writes a Llama directory as float32 GGUF, with the rows of q and k in the order that the format wants."""
+def write_gguf(directory: Path, target: Path, kinds: dict[str, str] | None = None) -> None:
+    """Writes a Llama directory as GGUF, with the rows of q and k in the order that the format wants.
+
+    ``kinds`` gives a GGML type to the tensors whose names there begin with a key; all others are float32.
+    """
     loaded = load(str(directory))
     config, model = loaded.model.config, loaded.model
     writer = gguf.GGUFWriter(target, "llama")
@@ -64,7 +67,12 @@ def write_gguf(directory: Path, target: Path) -> None:
                 rows = halves.swapaxes(1, 2).reshape(value.shape)
         for old, new in NAMES.items():
             name = name.replace(old, new)
-        writer.add_tensor(name, rows.contiguous().numpy())
+        kind = next((kind for start, kind in (kinds or {}).items() if name.startswith(start)), "F32")
+        if value.ndim < 2 or kind == "F32":
+            writer.add_tensor(name, rows.contiguous().numpy())
+        else:
+            dtype = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(name, gguf.quants.quantize(rows.contiguous().numpy(), dtype), raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
