@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 MAX_PROBLEMS = 100
 """How many problems, and how many warnings, are named; all are counted."""
+GONE = "the file is not there any more; upload it again and create the job anew"
+"""What is said of a file that is missing."""
 
 
 @dataclass(slots=True)
@@ -112,7 +114,7 @@ def validate(model: str, train: Path, eval_file: Path | None, *, max_length: int
         `warnings` as {file, line, code, message}, at most 100 each, and `problem_count`, `warning_count`.
     """
     files = [("training_file", train, min_rows)] + ([("validation_file", eval_file, 1)] if eval_file else [])
-    scans = {param: source.scan(path, max_problems=MAX_PROBLEMS, min_rows=least) for param, path, least in files}
+    scans = {param: _scan(path, least) for param, path, least in files}
     found = {param: (FileReport(rows=scan.rows, kind=scan.kind), scan) for param, scan in scans.items()}
     result: dict[str, Any] = {"ok": True, "param": None, "code": None, "message": None}
     result |= {"model": model, "max_length": max_length}
@@ -129,8 +131,23 @@ def validate(model: str, train: Path, eval_file: Path | None, *, max_length: int
                 | _fault("model", fault)
             )
         for param, path, _ in files:
-            found[param] = check_tokens(path, scans[param], tokenizer, max_length=max_length)
+            try:
+                found[param] = check_tokens(path, scans[param], tokenizer, max_length=max_length)
+            except FileNotFoundError:
+                found[param] = FileReport(), _gone()
     return _verdict(result, found)
+
+
+def _scan(path: Path, min_rows: int) -> source.Scan:
+    try:
+        return source.scan(path, max_problems=MAX_PROBLEMS, min_rows=min_rows)
+    except FileNotFoundError:
+        return _gone()
+
+
+def _gone() -> source.Scan:
+    """Trying again would not bring the file back, so its absence is a verdict."""
+    return source.Scan(0, [RowProblem(None, "file_not_found", GONE)], problem_count=1)
 
 
 def _verdict(result: dict[str, Any], found: Mapping[str, tuple[FileReport, source.Scan]]) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from core.data.rules import RowProblem
 from core.data.source import DataError
+from core.data.validate import GONE
 from service.jobs.supervisor import write_json
 from steering.pairs import read_pairs
 
@@ -32,8 +34,9 @@ def judge(path: Path) -> dict[str, Any]:
     verdict: dict[str, Any] = {"ok": True, "param": None, "code": None, "message": None, "rows": 0}
     try:
         pairs = read_pairs(path)
-    except DataError as error:
-        problems = [{"file": _PARAM, **asdict(problem)} for problem in error.problems]
+    except (DataError, FileNotFoundError) as error:
+        found = error.problems if isinstance(error, DataError) else [RowProblem(None, "file_not_found", GONE)]
+        problems = [{"file": _PARAM, **asdict(problem)} for problem in found]
         first = problems[0]
         verdict |= {"ok": False, "param": _PARAM, "code": first["code"], "message": first["message"]}
         return verdict | _lists(problems, [])

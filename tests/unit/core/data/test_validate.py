@@ -174,10 +174,32 @@ def test_as_a_process_bad_text_is_judged_without_loading_a_model(tmp_path: Path)
 
 
 def test_as_a_process_our_own_fault_is_no_verdict(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "core.data.validate", *arguments(tmp_path, tmp_path / "gone.jsonl")]
-    gone = subprocess.run(command, check=False, capture_output=True, env=os.environ)
-    assert gone.returncode == 1 and b"FileNotFoundError" in gone.stderr
+    command = [sys.executable, "-m", "core.data.validate", *arguments(tmp_path, tmp_path)]
+    broken = subprocess.run(command, check=False, capture_output=True, env=os.environ)
+    assert broken.returncode == 1 and b"IsADirectoryError" in broken.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_gone_is_a_verdict(tmp_path: Path) -> None:
+    gone, good = tmp_path / "gone.jsonl", write(tmp_path / "t.jsonl", ROW)
+    assert main(arguments(tmp_path, gone)) == 2
+    for files, param in (((gone,), "training_file"), ((good, gone), "validation_file")):
+        result = judge(*files)
+        assert (result["ok"], result["param"], result["code"]) == (False, param, "file_not_found")
+        assert result["problem_count"] == 1 and "upload it again" in result["message"]
+
+
+def test_a_file_that_goes_while_it_is_read_is_a_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "t.jsonl", ROW)
+
+    def last_look(path: Path, **settings: Any) -> Any:
+        found = scan(path, **settings)
+        path.unlink()
+        return found
+
+    monkeypatch.setattr(module.source, "scan", last_look)
+    result = judge(path)
+    assert (result["ok"], result["code"], result["rows"]) == (False, "file_not_found", 0)
 
 
 @pytest.mark.slow  # imports torch in a process of its own: several seconds, and the exit codes are tested above

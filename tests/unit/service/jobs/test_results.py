@@ -64,6 +64,9 @@ def test_the_check_of_pairs(tmp_path: Path) -> None:
     bad.write_text('{"positive": "yes", "negative": "no"}\n{"positive": "same", "negative": "same"}\n')
     assert check_pairs(["--model", "m", "--train", str(good), "--max-length", "9", "--out", str(out)]) == 0
     assert json.loads(out.read_text())["rows"] == 1
+    assert check_pairs(["--train", str(tmp_path / "gone.jsonl"), "--out", str(out)]) == 2
+    gone = json.loads(out.read_text())
+    assert (gone["code"], gone["param"], gone["problem_count"]) == ("file_not_found", "training_file", 1)
     assert check_pairs(["--train", str(bad), "--out", str(out)]) == 2
     verdict = json.loads(out.read_text())
     assert (verdict["code"], verdict["param"], verdict["problems"][0]["line"]) == ("identical_pair", "training_file", 2)
