@@ -1,4 +1,4 @@
-"""What a kill left in the data folder: halves of uploads, bytes that no row names, and starts of jobs.
+"""What a kill left in the data folder: halves of uploads, bytes that no row names, starts of jobs, and reserved keys.
 
 Only halves are deleted, and what a job that is over started from. A whole file that no row names may be there because
 the database is older than the folder (a backup that was restored), so it is put aside into ``trash/``, where it stays
@@ -17,9 +17,9 @@ from sqlalchemy import Engine as Database
 from sqlalchemy import select
 
 from service.db import queries
-from service.db.engine import read
+from service.db.engine import read, write
 from service.db.tables import File, Job, Vector
-from service.jobs import starts
+from service.jobs import idempotency, starts
 from service.jobs.names import job_directory
 from service.jobs.states import TERMINAL
 from service.log import logger
@@ -36,6 +36,8 @@ _OWN = {"files": re.compile(r"file-([A-Za-z0-9]{24})"), "vectors": re.compile(r"
 def sweep(home: Path, db: Database, *, now: float | None = None) -> list[Path]:
     """Clear away what nobody can reach any more: a file is put in place before its row, and removed after it.
 
+    An ``Idempotency-Key`` whose request died without a job is free at once.
+
     Only plain files with names of our own making are touched, never links nor what lies behind them, and never what a
     job that is not over yet may be about to name. Halves of uploads are deleted. A whole file is moved to the trash, if
     it is older than ``STRAY_SECONDS`` and the database knows anything at all of what lies here: a new one, or that of
@@ -50,6 +52,11 @@ def sweep(home: Path, db: Database, *, now: float | None = None) -> list[Path]:
     Returns:
         Where the files were that are gone from their places.
     """
+    if db.dialect.name == "sqlite":  # another database may serve more than this process
+        with write(db) as session:
+            freed = idempotency.abandon(session)
+        if freed:
+            log.info("idempotency_keys_freed", count=freed)
     # Listed before the rows are read: what a job puts there in between is not in the list, or has its row.
     jobs = _job_folders(home / "jobs")
     found = {folder: _plain_files(home / folder) for folder in _OWN}

@@ -11,6 +11,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Query, Request
 from sqlalchemy import Engine as Database
 from sqlalchemy import delete, or_, select
+from sqlalchemy.orm import Session
 
 from core.data.source import looks_like_json_lines
 from service.api.deps import Caller, Config, Counts, Db, needs
@@ -76,7 +77,27 @@ def find(db: Database, file_id: str, *, param: str | None = "file_id") -> File:
         APIError: 404 when there is none.
     """
     with read(db) as session:
-        row = session.scalar(select(File).where(File.id == file_id)) if "\x00" not in file_id else None
+        return held(session, file_id, param=param)
+
+
+def held(session: Session, file_id: str, *, param: str | None = "file_id", alone: bool = False) -> File:
+    """The row of a file, which stays until the end of the transaction.
+
+    Args:
+        session: Any transaction.
+        file_id: The id as it was asked for.
+        param: The parameter that held it, for the error.
+        alone: Wait for those who hold it, too.
+
+    Returns:
+        The row.
+
+    Raises:
+        APIError: 404 when there is none.
+    """
+    # SQLite has one writer at a time, and needs no lock.
+    mine = select(File).where(File.id == file_id).with_for_update(read=not alone)
+    row = session.scalar(mine) if "\x00" not in file_id else None
     if row is None:
         raise not_found("file", file_id, param=param, code="file_not_found")
     return row
@@ -208,8 +229,8 @@ def get_file_content(file_id: str, db: Db, settings: Config) -> FileContent:
 @needs("jobs")
 def delete_file(file_id: str, db: Db, settings: Config) -> Deleted:
     """Delete a file, unless a job that is not over yet needs it."""
-    row = find(db, file_id)
     with write(db) as session:
+        row = held(session, file_id, alone=True)  # a job that is being written with it is seen below
         user = session.scalar(
             select(Job.id).where(
                 or_(Job.training_file == row.id, Job.validation_file == row.id), Job.status.not_in(TERMINAL)

@@ -11,13 +11,13 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request
-from sqlalchemy import Engine as Database
+from sqlalchemy.orm import Session
 
 from service.api import methods
 from service.api.deps import Caller, Config, Db, Jobs, Mover, needs
 from service.api.docs import errors_of
 from service.api.errors import bad_request, not_found
-from service.api.files import find as find_file
+from service.api.files import held as find_file
 from service.api.model_names import ModelMissing
 from service.api.resolve import origin
 from service.api.schemas.resources import CheckpointObject, CreateJob, JobError, JobObject, Listing
@@ -101,7 +101,13 @@ def retries(header: str | None) -> int:
 
 
 def submit(
-    store: JobStore, new: NewJob, check: Callable[[], NewJob], *, idempotency_key: str | None, retry_count: int
+    store: JobStore,
+    new: NewJob,
+    check: Callable[[], NewJob],
+    files: Callable[[Session], None],
+    *,
+    idempotency_key: str | None,
+    retry_count: int,
 ) -> Job:
     """Write a job once, after its checks.
 
@@ -111,12 +117,14 @@ def submit(
         store: The job store.
         new: The job as asked for.
         check: Called before the job is written; raises what is wrong with the request, and returns the job to write.
+        files: Called in the transaction that writes the job: raises when a file that it names was deleted since.
         idempotency_key: The request's key, if any.
         retry_count: The SDK's retry count.
 
     Returns:
         The new job, or the earlier one that this request repeats.
     """
+    arrived = store.clock()
     reservation: str | None = None
     if idempotency_key is not None:
         held = store.reserve(new.key_id, idempotency_key, new.body_hash)
@@ -131,7 +139,12 @@ def submit(
     try:
         ready = check()
         return store.create(
-            ready, idempotency_key=idempotency_key, reservation=reservation, retry_count=retry_count
+            ready,
+            idempotency_key=idempotency_key,
+            reservation=reservation,
+            retry_count=retry_count,
+            arrived=arrived,
+            confirm=files,
         ).job
     except Exception:
         if idempotency_key is not None and reservation is not None:
@@ -139,11 +152,11 @@ def submit(
         raise
 
 
-def check_data(db: Database, file_id: str, param: str, purposes: tuple[str, ...]) -> None:
+def check_data(session: Session, file_id: str, param: str, purposes: tuple[str, ...]) -> None:
     """Refuse a file that does not exist or is for something else.
 
     Args:
-        db: The database.
+        session: Any transaction; until the end of one that writes, the file cannot be deleted.
         file_id: The id as it was asked for.
         param: The parameter that held it, for the error.
         purposes: What the file may be for; the first is named as the cure.
@@ -151,7 +164,7 @@ def check_data(db: Database, file_id: str, param: str, purposes: tuple[str, ...]
     Raises:
         APIError: 404 or 400.
     """
-    row = find_file(db, file_id, param=param)
+    row = find_file(session, file_id, param=param)
     if row.purpose not in purposes:
         message = f"The file {row.id} has the purpose {row.purpose!r}; upload it with purpose {purposes[0]!r}."
         raise bad_request(message, param=param, code="invalid_file_purpose")
@@ -193,11 +206,15 @@ def create_job(
         metadata=wanted.metadata or {},
     )
 
+    def files(session: Session) -> None:
+        check_data(session, wanted.training_file, "training_file", ("fine-tune",))
+        if wanted.validation_file is not None:
+            check_data(session, wanted.validation_file, "validation_file", ("fine-tune",))
+
     def check() -> NewJob:
         found = origin(db, settings.home, wanted.model)
-        check_data(db, wanted.training_file, "training_file", ("fine-tune",))
-        if wanted.validation_file is not None:
-            check_data(db, wanted.validation_file, "validation_file", ("fine-tune",))
+        with read(db) as session:
+            files(session)
         if found.kind is None:
             return new
         try:
@@ -210,7 +227,7 @@ def create_job(
 
     job: Job | None = None
     try:
-        job = submit(store, new, check, idempotency_key=idempotency_key, retry_count=retries(retry_count))
+        job = submit(store, new, check, files, idempotency_key=idempotency_key, retry_count=retries(retry_count))
     finally:
         if job is None or job.id != own:
             starts.discard(settings.home, own)

@@ -16,6 +16,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Query, Request
 from sqlalchemy import Engine as Database
 from sqlalchemy import case, delete, func, literal, select, tuple_
+from sqlalchemy.orm import Session
 
 from core.config import ConfigError, parse
 from service.api.deps import Caller, Config, Counts, Db, Jobs, Mover, needs
@@ -160,13 +161,17 @@ def fit_vector(
         metadata=wanted.metadata or {},
     )
 
+    def files(session: Session) -> None:
+        check_data(session, wanted.training_file, "training_file", ("steering", "fine-tune"))
+
     def check() -> NewJob:
         check_base(db, settings.home, wanted.model)
         check_blocks(settings.home, wanted.model, wanted.layers or ())
-        check_data(db, wanted.training_file, "training_file", ("steering", "fine-tune"))
+        with read(db) as session:
+            files(session)
         return new
 
-    job = submit(store, new, check, idempotency_key=idempotency_key, retry_count=retries(retry_count))
+    job = submit(store, new, check, files, idempotency_key=idempotency_key, retry_count=retries(retry_count))
     mover.wake()
     return wire_job(job)
 

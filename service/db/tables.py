@@ -82,6 +82,9 @@ class Job(Base):
     created_at: Mapped[int]
     key_id: Mapped[str] = mapped_column(String(64))  # the API key that asked
     body_hash: Mapped[str] = mapped_column(String(64))  # sha256 of the canonical request body
+    retried_at: Mapped[
+        float | None
+    ]  # made by the SDK's own retry without a key, then: its first POST may come after it
     model: Mapped[str] = mapped_column(String(512))  # base model; of a job from an earlier result, that one's base
     start: Mapped[str | None] = mapped_column(String(512))  # the earlier result: ft:..., its checkpoints included
     start_kind: Mapped[str | None] = mapped_column(String(16))  # what of it lies in the job's folder: see jobs.starts

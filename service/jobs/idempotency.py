@@ -1,7 +1,9 @@
 """What makes a repeated POST safe: explicit keys, and the retries that the OpenAI SDK sends without one.
 
 The SDK retries a POST twice and tells only ``x-stainless-retry-count``. A server that died between its commit and its
-answer would then own two jobs; so such a retry answers with the newest job of the same API key and body.
+answer would then own two jobs; so such a retry answers with the newest job of the same API key and body. A client that
+gave up waiting sends its retry while the first attempt is still being checked, and either may commit first: the first
+attempt then answers with the job that a retry made since it came.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from service.db.tables import Idempotency, Job
-from service.jobs.records import IdempotencyInFlight, IdempotencyMismatch
+from service.jobs.records import IdempotencyInFlight, IdempotencyMismatch, NewJob
 
 KEEP_SECONDS = 24 * 3600.0
 """An explicit key is remembered for a day."""
@@ -68,6 +70,8 @@ def enter(session: Session, key_id: str, key: str, body_hash: str, token: str | 
         values = {"key_id": key_id, "key": key, "body_hash": body_hash, "token": held, "job_id": None}
         if _insert(session, {**values, "created_at": now}):
             return held
+    if row.job_id is None and row.token != token and row.created_at <= now - ABANDONED_SECONDS:
+        row.body_hash = body_hash  # its request died without a job: nothing was promised under this key
     if row.body_hash != body_hash:
         raise IdempotencyMismatch(
             "this Idempotency-Key was used with another request body in the last 24 hours; use a new key"
@@ -122,6 +126,43 @@ def release(session: Session, key_id: str, key: str, token: str) -> None:
             Idempotency.job_id.is_(None),
         )
     )
+
+
+def abandon(session: Session) -> int:
+    """Free the keys whose requests have no job: at a start, before anything is answered, nobody is working on them.
+
+    Args:
+        session: inside a write transaction of the only process that answers requests.
+
+    Returns:
+        How many there were.
+    """
+    return len(
+        session.scalars(delete(Idempotency).where(Idempotency.job_id.is_(None)).returning(Idempotency.key)).all()
+    )
+
+
+def repeated(session: Session, new: NewJob, *, now: float, retry_count: int, arrived: float | None) -> Job | None:
+    """The job that a POST without a key repeats.
+
+    Args:
+        session: any transaction.
+        new: what it asks for.
+        now: seconds since the epoch.
+        retry_count: the SDK's.
+        arrived: when the request came, seconds since the epoch.
+
+    Returns:
+        For a retry, ``recent``. For a first attempt, the job that a retry made since it came: its client has given up
+        on it, so whatever became of that job, a second one is not what was asked. Else None.
+    """
+    if retry_count > 0:
+        return recent(session, new.key_id, new.body_hash, now)
+    if arrived is None:
+        return None
+    since = Job.created_at >= int(arrived), Job.retried_at >= arrived  # the first has the index
+    mine = select(Job).where(Job.key_id == new.key_id, Job.body_hash == new.body_hash, *since)
+    return session.scalars(mine.order_by(Job.number.desc()).limit(1)).one_or_none()
 
 
 def recent(session: Session, key_id: str, body_hash: str, now: float) -> Job | None:

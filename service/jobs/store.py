@@ -45,6 +45,8 @@ class JobStore:
         idempotency_key: str | None = None,
         reservation: str | None = None,
         retry_count: int = 0,
+        arrived: float | None = None,
+        confirm: Callable[[Session], None] | None = None,
     ) -> Created:
         """Write one job in ``validating_files``, once.
 
@@ -52,8 +54,9 @@ class JobStore:
             new: what was asked.
             idempotency_key: the ``Idempotency-Key`` header; it wins over ``retry_count``.
             reservation: the token of an earlier ``reserve`` of that key by this request.
-            retry_count: the SDK's ``x-stainless-retry-count``; above 0, a job of the last 10 minutes from the same API
-                key with the same body is the answer.
+            retry_count: the SDK's ``x-stainless-retry-count``; see ``idempotency.repeated``.
+            arrived: when the request came, before its checks, on this store's clock.
+            confirm: called in the transaction that writes a new job; what it raises, the job is not written for.
 
         Returns:
             The job, and whether it had been there before.
@@ -65,13 +68,15 @@ class JobStore:
         now = self.clock()
         with write(self.engine, durable=True) as session:
             if idempotency_key is not None:
-                earlier = idempotency.enter(session, new.key_id, idempotency_key, new.body_hash, reservation, now)
-                if isinstance(earlier, Job):
-                    return Created(earlier, replayed=True)
-            elif retry_count > 0:
-                found = idempotency.recent(session, new.key_id, new.body_hash, now)
-                if found is not None:
-                    return Created(found, replayed=True)
+                earlier: Job | str | None = idempotency.enter(
+                    session, new.key_id, idempotency_key, new.body_hash, reservation, now
+                )
+            else:
+                earlier = idempotency.repeated(session, new, now=now, retry_count=retry_count, arrived=arrived)
+            if isinstance(earlier, Job):
+                return Created(earlier, replayed=True)
+            if confirm is not None:
+                confirm(session)
             job = Job(
                 id=new.id or new_id("ftjob" if new.kind == "fine_tuning" else "steerjob"),
                 kind=new.kind,
@@ -79,6 +84,7 @@ class JobStore:
                 created_at=int(now),
                 key_id=new.key_id,
                 body_hash=new.body_hash,
+                retried_at=now if retry_count > 0 and idempotency_key is None else None,
                 model=new.model,
                 start=new.start,
                 start_kind=new.start_kind,

@@ -13,11 +13,13 @@ from service.app import create_app
 from service.db.engine import write
 from service.db.tables import File
 from service.engines.fake import FakeEngine
+from service.jobs.store import JobStore
 from service.settings import Settings
 from service.sweep import sweep
 from tests.api.fixtures import IdleScheduler
 from tests.api.test_follow import make_job
 from tests.api.test_vectors import put_vector
+from tests.unit.service.jobs.world import new_job
 
 
 async def restart(settings: Settings, monkeypatch: pytest.MonkeyPatch, *, days: float = 2.0) -> None:
@@ -177,3 +179,13 @@ async def test_a_database_of_another_folder_removes_nothing(
         make_job(app.state.store)
     await restart(settings, monkeypatch)
     assert stray.exists()
+
+
+async def test_a_start_frees_the_keys_of_requests_that_a_kill_ended(app: FastAPI, settings: Settings) -> None:
+    store: JobStore = app.state.store
+    store.reserve("key_1", "died", "b" * 64)
+    done = store.create(new_job(), idempotency_key="done").job
+    await start(settings)
+    assert isinstance(store.reserve("key_1", "died", "c" * 64), str), "no 409, and another body is no 422"
+    again = store.reserve("key_1", "done", "b" * 64)
+    assert not isinstance(again, str) and again.id == done.id

@@ -156,3 +156,56 @@ def test_fifty_at_once_make_one_job(store: JobStore) -> None:
         thread.join()
     assert len(ids) == 50 and len(set(ids)) == 1
     assert len(store.list().data) == 1
+
+
+def test_a_first_post_that_its_own_retry_overtook_is_answered_with_the_retrys_job(
+    store: JobStore, clock: Clock
+) -> None:
+    arrived = clock()
+    clock.now += 0.4
+    retry = store.create(new_job(), retry_count=1, arrived=clock())
+    assert not retry.replayed
+    clock.now += 5
+    late = store.create(new_job(), arrived=arrived)
+    assert late.replayed and late.job.id == retry.job.id
+    store.request_cancel(retry.job.id)
+    assert store.create(new_job(), arrived=arrived).job.id == retry.job.id, "its client has given up on it all the same"
+    assert not store.create(new_job(key_id="other"), arrived=arrived).replayed
+    assert not store.create(new_job(body_hash="c" * 64), arrived=arrived).replayed
+
+
+def test_a_post_that_came_after_a_retry_made_its_job_makes_another(store: JobStore, clock: Clock) -> None:
+    clock.now += 0.2
+    retry = store.create(new_job(), retry_count=1)
+    clock.now += 0.2
+    assert store.create(new_job(), arrived=clock()).job.id != retry.job.id
+
+
+def test_slow_deliberate_posts_and_a_keyed_retry_stay_jobs_of_their_own(store: JobStore, clock: Clock) -> None:
+    arrived = clock()
+    clock.now += 1
+    first = store.create(new_job(), arrived=arrived)
+    store.create(new_job(), idempotency_key="k", retry_count=1, arrived=clock())
+    second = store.create(new_job(), arrived=arrived)
+    assert not second.replayed and second.job.id != first.job.id
+
+
+def test_a_key_whose_request_died_is_free_for_another_body(store: JobStore, clock: Clock) -> None:
+    dead = store.reserve("key_1", "k", "b" * 64)
+    clock.now += ABANDONED_SECONDS + 1
+    made = store.create(new_job(body_hash="c" * 64), idempotency_key="k")
+    assert not made.replayed
+    assert store.reserve("key_1", "k", "c" * 64) != dead
+    with pytest.raises(IdempotencyMismatch):
+        store.create(new_job(), idempotency_key="k", reservation=str(dead))
+
+
+def test_what_the_last_check_refuses_is_not_written(store: JobStore) -> None:
+    def gone(_session: object) -> None:
+        raise FileNotFoundError
+
+    with pytest.raises(FileNotFoundError):
+        store.create(new_job(), confirm=gone)
+    assert store.list().data == []
+    first = store.create(new_job())
+    assert store.create(new_job(), retry_count=1, confirm=gone).job.id == first.job.id, "what is there needs no check"
