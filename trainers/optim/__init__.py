@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from trainers.optim.frugal import Frugal as Frugal
     from trainers.optim.galore import GaLore as GaLore
     from trainers.optim.parameters import split_parameters as split_parameters
+    from trainers.optim.qzo import Qzo as Qzo
     from trainers.optim.release import release_gradients as release_gradients
     from trainers.optim.trion import Trion as Trion
 
@@ -20,12 +21,13 @@ _HOMES = {
     "DctAdamW": "dct_adamw",
     "Frugal": "frugal",
     "GaLore": "galore",
+    "Qzo": "qzo",
     "Trion": "trion",
     "release_gradients": "release",
     "split_parameters": "parameters",
 }
 
-__all__ = ["DctAdamW", "Frugal", "GaLore", "Trion", "release_gradients", "split_parameters"]
+__all__ = ["DctAdamW", "Frugal", "GaLore", "Qzo", "Trion", "release_gradients", "split_parameters"]
 
 
 def __getattr__(name: str) -> Any:

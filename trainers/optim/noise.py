@@ -8,18 +8,15 @@ and is looked up in ``normal_quantiles``; a sign takes one bit.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from trainers.optim.estimator import Kind
 from trainers.optim.philox import philox
 from trainers.optim.quantiles import normal_quantiles
 
 VERSION = "philox4x32-10/1"
 """Names the mapping from place to number; it changes when any number does."""
-
-Kind = Literal["normal", "rademacher"]
 
 _PER_BLOCK = {"normal": 8, "rademacher": 128}
 _BLOCKS = 1 << 14
