@@ -139,5 +139,8 @@ class Executor(Protocol):
 
         Returns:
             Its status.
+
+        Raises:
+            OSError: it cannot be said now; EAGAIN: what is to be ended has not ended yet. Try again.
         """
         ...

@@ -110,8 +110,8 @@ class FakeExecutor:
         Returns:
             0: nothing survives.
         """
-        run = self.runs[handle.directory]
-        if run.handle == handle and isinstance(run.status, Running):
+        run = self.runs.get(handle.directory)
+        if run is not None and run.handle == handle and isinstance(run.status, Running):
             self.finish(handle.directory, -signal.SIGKILL)
         return 0
 

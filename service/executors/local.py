@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import selectors
@@ -197,6 +198,9 @@ class LocalExecutor:
 
         Returns:
             Its status.
+
+        Raises:
+            OSError: EAGAIN: a process of it is still alive, and there is no supervisor to adopt.
         """
         directory = directory.resolve()
         deadline = time.monotonic() + self._wait_seconds
@@ -211,7 +215,9 @@ class LocalExecutor:
             if not held or time.monotonic() > deadline:
                 break
             time.sleep(0.01)  # a supervisor holds the lock and has not written its record yet
-        processes.kill_all(job_id)
+        left = processes.kill_all(job_id)
+        if left:
+            raise OSError(errno.EAGAIN, f"{len(left)} processes of {job_id} are still alive, to be ended first")
         return Gone(handle.attempt if record is not None else None)
 
     @staticmethod

@@ -139,8 +139,14 @@ def kill_all(job_id: str, root: int | None = None, *, seconds: float = 2.0) -> s
         What is still alive (uninterruptible in the kernel), normally nothing.
     """
     deadline = time.monotonic() + seconds
+    seen: dict[int, int] = {}
     while True:
-        alive = marked(job_id) | (descendants(root) if root is not None else set())
+        for pid in marked(job_id) | (descendants(root) if root is not None else set()):
+            started = start_time(pid)
+            if started is not None:
+                seen[pid] = started
+        # one that is ending has no environment any more, and still holds its memory and its files
+        alive = {pid for pid, started in seen.items() if start_time(pid) == started}
         if not alive or time.monotonic() > deadline:
             return alive
         for pid in alive:

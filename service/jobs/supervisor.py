@@ -107,7 +107,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _answer("stale", REFUSED)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    processes.kill_all(options.job_id)
+    if processes.kill_all(options.job_id):
+        return _answer("busy", REFUSED)
     (options.directory / EXIT).unlink(missing_ok=True)
     return _Supervisor(options).run()
 
@@ -169,7 +170,8 @@ class _Supervisor:
         self._record()
         _answer("ok")
         self._pump()
-        processes.kill_all(self.options.job_id, os.getpid())
+        while processes.kill_all(self.options.job_id, os.getpid()):  # exit.json says that none is left
+            self._drain()
         self._drain()
         assert self.status is not None
         code = os.waitstatus_to_exitcode(self.status)

@@ -185,3 +185,43 @@ time.sleep(60)
     assert isinstance(status, Exited)
     assert (status.code, status.signal) == ((3, None) if cooperative else (None, signal.SIGKILL))
     assert [processes.start_time(pid) for pid in pids] == [None] * 4
+
+
+def test_survivors_are_no_end(executor: LocalExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What hangs in the kernel can be killed by nobody: the caller tries again, and starts nothing beside it."""
+    forge(tmp_path, started=1)
+    monkeypatch.setattr(processes, "kill_all", lambda *_args, **_more: {4242})
+    with pytest.raises(BlockingIOError, match="still alive"):
+        executor.recover(tmp_path, "ftjob-local")
+    monkeypatch.undo()
+    assert executor.recover(tmp_path, "ftjob-local") == Gone(1)
+
+
+def test_one_that_is_ending_is_alive_although_its_environment_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"]) as child:
+        found = iter([{child.pid}])
+        monkeypatch.setattr(processes, "marked", lambda _job_id: next(found, set()))
+        monkeypatch.setattr(processes.os, "kill", lambda *_: None)
+        assert processes.kill_all("ftjob-x", seconds=0.05) == {child.pid}
+        monkeypatch.undo()
+        child.kill()
+
+
+def test_a_supervisor_that_does_not_answer_is_killed(
+    executor: LocalExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise it could start its run later, beside the one of the next try."""
+    pids: list[int] = []
+    spawn = os.posix_spawn
+
+    def deaf(_path: str, _argv: list[str], environment: dict[str, str], **more: object) -> int:
+        code = "import time; time.sleep(60)"
+        pids.append(spawn(sys.executable, [sys.executable, "-S", "-c", code], environment, **more))
+        return pids[0]
+
+    monkeypatch.setattr(os, "posix_spawn", deaf)
+    monkeypatch.setattr(executor, "_start_seconds", 0.2)
+    began = time.monotonic()
+    with pytest.raises(OSError, match="did not start"):
+        executor.submit("ftjob-local", SLEEP, {}, tmp_path, attempt=1, token="t")
+    assert time.monotonic() - began < 30 and processes.start_time(pids[0]) is None
