@@ -163,15 +163,19 @@ def _decode(line: bytes) -> dict[str, Any] | None:
     return event
 
 
-def read(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+def read(
+    path: Path, offset: int = 0, *, lines: int | None = None, size: int = READ_BYTES
+) -> tuple[list[dict[str, Any]], int]:
     """Read the whole lines from a byte offset on; call again with the returned offset to go on.
 
-    A half-written last line is left for the next call. Lines that are no events are skipped. At most `READ_BYTES`
+    A half-written last line is left for the next call. Lines that are no events are skipped. At most `size` bytes
     are taken at once, so a caller that wants all of a long file calls until the offset stands still.
 
     Args:
         path: an events.jsonl; one that does not exist (yet) reads as empty.
         offset: bytes already consumed.
+        lines: how many are taken at most; None: as many as there are.
+        size: bytes taken at most; more than `MAX_LINE_BYTES`.
 
     Returns:
         The events, oldest first, and the offset behind the last whole line.
@@ -182,12 +186,16 @@ def read(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     try:
         with open(path, "rb") as file:
             file.seek(offset)
-            chunk = file.read(READ_BYTES)
+            chunk = file.read(size)
     except FileNotFoundError:
         return [], offset
     end = chunk.rfind(b"\n") + 1
     if end == 0:
         # Nobody writes lines this long: step over it, its tail will be skipped as no event.
         return [], offset + (len(chunk) if len(chunk) > MAX_LINE_BYTES else 0)
-    events = (_decode(line) for line in chunk[:end].split(b"\n") if line and len(line) < MAX_LINE_BYTES)
+    whole = chunk[:end].split(b"\n")[:-1]
+    if lines is not None and len(whole) > lines:
+        whole = whole[:lines]
+        end = sum(map(len, whole)) + lines
+    events = (_decode(line) for line in whole if line and len(line) < MAX_LINE_BYTES)
     return [event for event in events if event is not None], offset + end

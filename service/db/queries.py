@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, ScalarSelect, func, select, update
+from sqlalchemy import ColumnElement, ScalarSelect, func, insert, select, update
 from sqlalchemy.orm import Session
 
 from core.text import clean
@@ -305,16 +305,17 @@ def insert_events(session: Session, job: Job, events: Sequence[Event], now: floa
         now: seconds since the epoch, for events that do not say when.
     """
     first = job.last_seq - len(events) + 1
-    session.add_all(
-        JobEvent(
-            job_id=job.id,
-            seq=first + index,
-            created_at=int(event.time if event.time is not None else now),
-            level=event.level,
-            type=event.type,
-            message=clean(event.message),
-            data=clean(dict(event.data)),
-        )
+    rows = [
+        {
+            "job_id": job.id,
+            "seq": first + index,
+            "created_at": int(event.time if event.time is not None else now),
+            "level": event.level,
+            "type": event.type,
+            "message": clean(event.message),
+            "data": clean(dict(event.data)),
+        }
         for index, event in enumerate(events)
-    )
-    session.flush()
+    ]
+    if rows:
+        session.execute(insert(JobEvent), rows)

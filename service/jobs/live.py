@@ -28,6 +28,10 @@ class Live:
     """Then SIGKILL is due. This and ``not_before`` are on the monotonic clock: the other may be set back."""
     not_before: float = 0.0
     """After a start that failed: not tried again earlier."""
+    tries: int = 0
+    """Starts that failed."""
+    behind: bool = False
+    """There are events of the run that the database does not have yet."""
 
     failures: int = 0
     """Looks in a row that ended in the same error of our own."""

@@ -8,6 +8,7 @@ same things and goes on. A step that fails (database locked, disk full) is done 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import random
@@ -20,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from core.config import ConfigError
-from core.events import read as read_events
 from service.db import queries
 from service.db.engine import DatabaseBusy, read
 from service.db.tables import Job
-from service.executors.base import AlreadyRunning, Executor, Exited, Gone, Running, StaleAttempt
-from service.jobs import logs, recovery, results, spec, starts, tail, validation
+from service.executors.base import AlreadyRunning, Executor, Exited, Gone, Handle, Running, StaleAttempt
+from service.jobs import backlog, logs, recovery, results, spec, starts, tail, validation
 from service.jobs.live import Live, phase_of
 from service.jobs.lock import FolderLock
 from service.jobs.records import Event, StaleWrite
@@ -37,7 +37,11 @@ from trainers.config import parse_run
 log = logging.getLogger(__name__)
 
 PATIENCE = 5
-"""Looks in a row at one job that end in the same fault before the job is ended."""
+"""Looks in a row at one job that end in the same fault before the job is ended; tries to start it before others go."""
+_PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM})
+"""Faults of the machine, not of the job: they are never counted."""
+_BACK_SECONDS = 60.0
+"""A job that could not be started so often is not claimed again earlier."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,27 +282,40 @@ class Scheduler:
             self._adopt(live, job)
             return
         except OSError as error:
-            first = live.not_before == 0.0
-            live.not_before = now + 1.0
-            if first:
-                said = Event(f"The run cannot be started yet, and is tried again: {error}", "warn")
-                self.store.append_event(job.id, said, token=live.token)
-            raise
+            self._not_started(live, job, error)
+            return
         if live.phase == "run":
             again = f" again (attempt {job.attempt}), from step {job.step}" if job.step else ""
             self.store.append_event(job.id, Event(f"Job started{again}"), token=live.token)
 
+    def _not_started(self, live: Live, job: Job, error: OSError) -> None:
+        """Try again in a second; a fault that stays costs the job its slot, and never the job."""
+        log.warning("%s cannot be started, to be tried again: %s", job.id, error)
+        live.not_before, live.tries = self.elapsed() + 1.0, live.tries + 1
+        if live.tries == 1:
+            said = Event(f"The run cannot be started yet, and is tried again: {error}", "warn")
+            self.store.append_event(job.id, said, token=live.token)
+        elif live.tries >= PATIENCE:
+            said = Event("The run could not be started; others go first, and it is tried again in a minute", "warn")
+            back = "queued" if live.phase == "run" else job.status
+            self._end(live, job, recovery.Ending(back, [said], {"not_before": self.clock() + _BACK_SECONDS}))
+
     def _adopt(self, live: Live, job: Job) -> None:
         """Look what became of the process of a job taken over; a run that is alive is never started again."""
         directory = live.directory(self.home)
-        status = self.executor.recover(directory, job.id)
+        try:
+            status = self.executor.recover(directory, job.id)
+        except OSError:
+            live.not_before = self.elapsed() + 1.0  # no start beside what may be alive
+            raise
         known = status.handle.attempt if isinstance(status, Running) else status.attempt
         if isinstance(status, Running):
             said = Event(f"The server looks after the run again (process {status.handle.pid})")
             self.store.apply(job.id, token=live.token, events=[said], values={"attempt": status.handle.attempt})
             live.handle = status.handle
-        elif known == job.attempt:
-            self._ended(live, self._catch_up(live, job), status)
+        elif known == job.attempt:  # it is over; what it said may take several looks to be taken over
+            live.handle = Handle(job.id, directory, known, 0, 0, "")
+            self._follow(live, job)
         elif known is not None and known > job.attempt:  # the database is older than the folder: go on counting from it
             self.store.apply(job.id, token=live.token, values={"attempt": known + 1})
         # else: claimed, and never started; the next look starts it
@@ -309,10 +326,10 @@ class Scheduler:
         """Follow; a fault that does not go away ends this job, so that it does not keep the slot of all others."""
         try:
             self._follow(live, job)
-        except (StaleWrite, DatabaseBusy, OSError, MemoryError):
+        except (StaleWrite, DatabaseBusy, MemoryError):
             raise
         except Exception as error:
-            if live.failed(error) < PATIENCE:
+            if (isinstance(error, OSError) and error.errno in _PASSING) or live.failed(error) < PATIENCE:
                 raise
             log.exception("%s cannot be looked after, and is ended", job.id)
             self._give_up(live, job)
@@ -320,7 +337,12 @@ class Scheduler:
             live.failures = 0
 
     def _give_up(self, live: Live, job: Job) -> None:
-        if live.handle is not None and self.executor.kill(live.handle):
+        handle = live.handle
+        if handle is None:
+            with contextlib.suppress(OSError):
+                status = self.executor.recover(live.directory(self.home), job.id)
+                handle = status.handle if isinstance(status, Running) else None
+        if self.executor.kill(handle or Handle(job.id, live.directory(self.home), 0, 0, 0, "")):
             return  # not over while a process lives
         if job.status == "cancelling":
             ending = recovery.Ending("cancelled", [Event("Job cancelled; every process of it has ended")])
@@ -341,11 +363,19 @@ class Scheduler:
             status = self.executor.recover(live.directory(self.home), job.id)
             if isinstance(status, Running):
                 live.handle = status.handle
-        job = self._catch_up(live, job)
-        if not isinstance(status, Running):
+        try:
+            job = self._catch_up(live, job)
+        except StaleWrite:
+            raise
+        except Exception:  # what cannot be read any more can still be stopped
+            if isinstance(status, Running) and job.status in ("pausing", "cancelling"):
+                self._press(live, job)
+            raise
+        if isinstance(status, Running):
+            if job.status in ("pausing", "cancelling"):
+                self._press(live, job)
+        elif not live.behind:
             self._ended(live, job, status)
-        elif job.status in ("pausing", "cancelling"):
-            self._press(live, job)
 
     def _never_started(self, live: Live, job: Job) -> Exited | Gone:
         """A stop was asked for before there was a process; make sure that there is none."""
@@ -375,43 +405,24 @@ class Scheduler:
                 log.warning("%s: %d processes are still alive", job.id, left)
 
     def _catch_up(self, live: Live, job: Job) -> Job:
-        """Take over what the run has written to its events file up to now: a busy writer must not keep us here."""
+        """Take over what the run has written to its events file, or a piece of it: others wait for us."""
         if live.phase != "run":
             return job
-        path = live.directory(self.home) / tail.EVENTS
-        end = path.stat().st_size if path.exists() else 0
-        while job.events_offset < end:
-            batch, offset = read_events(path, job.events_offset)
-            if offset == job.events_offset:
-                break  # a half-written line
-            changes = tail.translate(job, batch)
-            gone = []
-            if changes.checkpoints:
-                kept = self.store.checkpoints(job.id, limit=1000).data
-                gone = [row.id for row in kept if not Path(row.path).is_dir()]
-            job = self.store.apply(
-                job.id,
-                token=live.token,
-                offset=job.events_offset,
-                events=changes.events,
-                values={**changes.values, "events_offset": offset},
-                checkpoints=changes.checkpoints,
-                gone=gone,
-            )
+        job, live.behind = backlog.take(self.store, job, live.token, live.directory(self.home) / tail.EVENTS)
         return job
 
     # ---- ending ----------------------------------------------------------------------------------------------------
 
     def _ended(self, live: Live, job: Job, status: Exited | Gone) -> None:
         now = self.clock()
-        directory = live.directory(self.home)
+        directory, policy = live.directory(self.home), self.options.retry
         if live.phase == "validation":
-            self._end(live, job, validation.decide(job, status, directory, now=now, policy=self.options.retry))
+            self._end(live, job, validation.decide(job, status, directory, now=now, policy=policy))
             return
         error = None
         if isinstance(status, Exited) and status.code != 0:
             error = tail.last_error(directory, self._attempt_began(directory))
-        ending = recovery.decide(job, status, error, now=now, policy=self.options.retry, draw=self._draw)
+        ending = recovery.decide(job, status, error, now=now, policy=policy, draw=self._draw)
         told = [*self._log_notes(directory), *ending.events]
         rows: list[Any] = []
         if ending.target == "succeeded":
