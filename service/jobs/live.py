@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,8 +10,11 @@ from typing import Literal
 from service.db.tables import Job
 from service.executors.base import Handle
 from service.jobs import names
+from service.jobs.supervisor import read_json, write_json
 
 Phase = Literal["validation", "run"]
+STOP = "server-stop.json"
+"""Which attempt the server ended because it was itself stopped; beside the other files of the process."""
 
 
 @dataclass
@@ -33,6 +37,9 @@ class Live:
     behind: bool = False
     """There are events of the run that the database does not have yet."""
 
+    stopped: int | None = None
+    """The attempt that this server ended because it was itself stopped."""
+
     failures: int = 0
     """Looks in a row that ended in the same error of our own."""
     failed_with: str = ""
@@ -51,6 +58,31 @@ class Live:
         self.failures = self.failures + 1 if told == self.failed_with else 1
         self.failed_with = told
         return self.failures
+
+    def mark_stop(self, home: Path) -> None:
+        """Note that the server ends this process because it is itself stopped, before the signal is sent.
+
+        Args:
+            home: the data folder; the next server reads it there, if the process ends only then.
+        """
+        assert self.handle is not None
+        self.stopped = self.handle.attempt
+        with suppress(OSError):  # the disk is full: then the next server takes it for a stop from outside
+            write_json(self.directory(home) / STOP, {"attempt": self.stopped})
+
+    def was_stopped(self, home: Path, attempt: int | None) -> bool:
+        """Whether a server ended this attempt because it was itself stopped.
+
+        Args:
+            home: the data folder.
+            attempt: which start of the process.
+
+        Returns:
+            True: its end says nothing about the job.
+        """
+        if attempt is None:
+            return False
+        return attempt in (self.stopped, (read_json(self.directory(home) / STOP) or {}).get("attempt"))
 
     def directory(self, home: Path) -> Path:
         """Folder of the process of this phase.

@@ -81,6 +81,7 @@ def decide(
     now: float,
     policy: RetryPolicy,
     draw: random.Random,
+    ours: bool = False,
 ) -> Ending:
     """What becomes of a job whose run has ended.
 
@@ -91,12 +92,16 @@ def decide(
         now: seconds since the epoch.
         policy: limits.
         draw: source of the jitter.
+        ours: the server ended it because it was itself stopped, which is counted neither as a retry nor as a restart.
 
     Returns:
         The ending; ``succeeded`` still needs its results.
     """
     if job.status == "cancelling":  # whatever the run answered
         return Ending("cancelled", [Event("Job cancelled; every process of it has ended")])
+    if ours and stopped(status) and job.status != "pausing":
+        said = f"The server was stopped after step {job.step}; job queued again, to resume from its last checkpoint"
+        return Ending("queued", [Event(said)])
     if isinstance(status, Gone):
         how = "vanished with its machine or container"
         return _again(job, how, policy, code="run_lost")
@@ -110,6 +115,18 @@ def decide(
             return Ending("paused", [Event(f"Job paused at step {job.step}")])
         return _again(job, "was stopped from outside", policy, code="run_stopped")
     return _crashed(job, status, error, now=now, policy=policy, draw=draw)
+
+
+def stopped(status: Exited | Gone) -> bool:
+    """Whether a process ended as one does that the server has asked to: by itself, or with its container.
+
+    Args:
+        status: how it ended.
+
+    Returns:
+        False: for a reason of its own.
+    """
+    return isinstance(status, Gone) or status.code == STOPPED or status.signal in (signal.SIGTERM, signal.SIGKILL)
 
 
 def retryable(status: Exited, error: Mapping[str, Any] | None) -> bool:

@@ -171,6 +171,7 @@ class Scheduler:
         deadline = time.monotonic() + seconds
         for live in self._live.values():
             if live.handle is not None:
+                live.mark_stop(self.home)
                 self.executor.terminate(live.handle)
         # a job whose process could not be started yet has nothing to stop
         while any(live.handle for live in self._live.values()) and time.monotonic() < deadline:
@@ -416,13 +417,14 @@ class Scheduler:
     def _ended(self, live: Live, job: Job, status: Exited | Gone) -> None:
         now = self.clock()
         directory, policy = live.directory(self.home), self.options.retry
+        ours = live.was_stopped(self.home, status.attempt)
         if live.phase == "validation":
-            self._end(live, job, validation.decide(job, status, directory, now=now, policy=policy))
+            self._end(live, job, validation.decide(job, status, directory, now=now, policy=policy, ours=ours))
             return
         error = None
         if isinstance(status, Exited) and status.code != 0:
             error = tail.last_error(directory, self._attempt_began(directory))
-        ending = recovery.decide(job, status, error, now=now, policy=policy, draw=self._draw)
+        ending = recovery.decide(job, status, error, now=now, policy=policy, draw=self._draw, ours=ours)
         told = [*self._log_notes(directory), *ending.events]
         rows: list[Any] = []
         if ending.target == "succeeded":

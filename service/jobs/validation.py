@@ -10,7 +10,7 @@ from service.db.tables import Job
 from service.executors.base import Exited, Gone
 from service.jobs import spec
 from service.jobs.records import Event
-from service.jobs.recovery import USER_ERROR, Ending, RetryPolicy, describe, failure
+from service.jobs.recovery import USER_ERROR, Ending, RetryPolicy, describe, failure, stopped
 from service.jobs.supervisor import read_json
 
 VERDICT = "validation.json"
@@ -24,7 +24,9 @@ LINES = 3
 _RETRY_SECONDS = 1.0
 
 
-def decide(job: Job, status: Exited | Gone, directory: Path, *, now: float, policy: RetryPolicy) -> Ending:
+def decide(
+    job: Job, status: Exited | Gone, directory: Path, *, now: float, policy: RetryPolicy, ours: bool = False
+) -> Ending:
     """What becomes of a job whose validation process has ended.
 
     Args:
@@ -33,6 +35,7 @@ def decide(job: Job, status: Exited | Gone, directory: Path, *, now: float, poli
         directory: where validation.json is.
         now: seconds since the epoch.
         policy: how often a validation that crashed is done again.
+        ours: the server ended it because it was itself stopped, which is not counted.
 
     Returns:
         ``queued``, ``failed``, ``cancelled``, or ``validating_files`` again.
@@ -45,6 +48,8 @@ def decide(job: Job, status: Exited | Gone, directory: Path, *, now: float, poli
             return _valid(job, verdict)
         if status.code == USER_ERROR:
             return _invalid(verdict)
+    if ours and stopped(status):
+        return Ending("validating_files", [Event("The server was stopped; validation is done again")])
     lines = status.last_lines if isinstance(status, Exited) else ()
     how = describe(status) if isinstance(status, Exited) else "its process vanished"
     if job.retries < policy.max_retries:
