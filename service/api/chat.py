@@ -20,11 +20,12 @@ from service.api.formats import ChatFormat, Format, TextFormat
 from service.api.generation import Collected, Observed
 from service.api.resolve import Target, steering, target
 from service.api.schemas.generation import ChatCompletion, ChatRequest, Completion, CompletionRequest, GenerationRequest
+from service.api.shape import BoundedRoute
 from service.engines.base import Chunk, EngineError, Message, Sampling, Steering
 from service.log import logger
 
 log = logger(__name__)
-router = APIRouter(tags=["generation"])
+router = APIRouter(tags=["generation"], route_class=BoundedRoute)
 
 Item = tuple[int, Chunk] | None
 Source = AsyncGenerator[Item, None]

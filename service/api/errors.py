@@ -194,9 +194,13 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models(inner)
 
 
+_LOOKED_AT = 50
+"""Faults among which the one to tell is looked for."""
+
+
 def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    found = error.errors()
+    found = error.errors()[:_LOOKED_AT]
     first = found[0]
     near = path_of(first["loc"], error.body) or ""
     for other in found:  # of a union's complaints, the one that goes deepest into what was sent

@@ -20,6 +20,7 @@ from service.api.errors import APIError, bad_request, not_found
 from service.api.ranges import FileContent
 from service.api.schemas.common import Deleted
 from service.api.schemas.resources import FileObject, Listing
+from service.api.shape import BoundedRoute
 from service.db.engine import read, write
 from service.db.tables import File, Job
 from service.jobs.records import new_id
@@ -27,7 +28,7 @@ from service.jobs.states import TERMINAL
 from service.security import uploads
 from service.security.paths import inside
 
-router = APIRouter(tags=["files"])
+router = APIRouter(tags=["files"], route_class=BoundedRoute)
 PURPOSES = ("fine-tune", "steering")
 
 _FORM: dict[str, Any] = {

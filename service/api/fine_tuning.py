@@ -21,13 +21,14 @@ from service.api.files import held as find_file
 from service.api.model_names import ModelMissing
 from service.api.resolve import origin
 from service.api.schemas.resources import CheckpointObject, CreateJob, JobError, JobObject, Listing
+from service.api.shape import BoundedRoute
 from service.db.engine import read
 from service.db.tables import Checkpoint, Job
 from service.jobs import idempotency, names, starts
 from service.jobs.records import NewJob, UnknownJob, new_id
 from service.jobs.store import JobStore
 
-router = APIRouter(tags=["fine-tuning"])
+router = APIRouter(tags=["fine-tuning"], route_class=BoundedRoute)
 OBJECTS = {"fine_tuning": "fine_tuning.job", "steering_fit": "steering.job"}
 _METADATA = re.compile(r"metadata\[([^\[\]]{1,64})\]")
 

@@ -17,13 +17,14 @@ from service.api.drain import Draining
 from service.api.errors import APIError, bad_request
 from service.api.fine_tuning import known_id, listing
 from service.api.schemas.resources import EventObject, Listing
+from service.api.shape import BoundedRoute
 from service.db.tables import JobEvent
 from service.jobs.records import event_seq
 from service.jobs.states import TERMINAL
 from service.jobs.store import JobStore
 from service.metrics import Metrics
 
-router = APIRouter(tags=["fine-tuning"])
+router = APIRouter(tags=["fine-tuning"], route_class=BoundedRoute)
 SETTLED = TERMINAL | {"paused"}
 """Statuses in which nothing more happens by itself: a stream ends there."""
 

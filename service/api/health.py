@@ -11,10 +11,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from service.api.deps import Counts, Jobs, needs, public
 from service.api.errors import busy
+from service.api.shape import BoundedRoute
 from service.db.engine import read
 from service.jobs.states import STATES
 
-router = APIRouter(tags=["operations"])
+router = APIRouter(tags=["operations"], route_class=BoundedRoute)
 PUBLIC = frozenset({"/healthz", "/readyz"})
 """The only paths that answer without a key."""
 

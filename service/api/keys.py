@@ -9,10 +9,11 @@ from service.api.docs import errors_of
 from service.api.errors import not_found
 from service.api.schemas.common import Deleted
 from service.api.schemas.resources import CreateKey, KeyObject, Listing
+from service.api.shape import BoundedRoute
 from service.db.tables import ApiKey
 from service.security import keys
 
-router = APIRouter(tags=["keys"])
+router = APIRouter(tags=["keys"], route_class=BoundedRoute)
 
 
 def wire(row: ApiKey, key: str | None = None) -> KeyObject:

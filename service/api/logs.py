@@ -22,11 +22,12 @@ from service.api.drain import Draining
 from service.api.errors import bad_request
 from service.api.fine_tuning import known_id
 from service.api.follow import SETTLED, opened, paced
+from service.api.shape import BoundedRoute
 from service.jobs import logs
 from service.jobs.store import JobStore
 from service.security.paths import inside
 
-router = APIRouter(tags=["fine-tuning"])
+router = APIRouter(tags=["fine-tuning"], route_class=BoundedRoute)
 PIECE = 64 * 1024
 _TEXT = {"text/plain": {"schema": {"type": "string"}}, **SSE}
 

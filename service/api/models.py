@@ -21,11 +21,12 @@ from service.api.model_names import ModelMissing
 from service.api.resolve import base_directory, origin
 from service.api.schemas.common import Deleted
 from service.api.schemas.resources import Listing, ModelObject, PullModel
+from service.api.shape import BoundedRoute
 from service.db.engine import read, write
 from service.db.tables import Checkpoint, Job, Model
 from service.settings import Settings
 
-router = APIRouter(tags=["models"])
+router = APIRouter(tags=["models"], route_class=BoundedRoute)
 _MADE = select(Model, Job.start).outerjoin(Job, Job.id == Model.job_id)
 
 

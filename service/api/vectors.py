@@ -28,6 +28,7 @@ from service.api.ranges import FileContent
 from service.api.resolve import check_base, check_blocks
 from service.api.schemas.common import Deleted
 from service.api.schemas.resources import FitVector, JobError, Listing, VectorObject
+from service.api.shape import BoundedRoute
 from service.db.engine import read, write
 from service.db.tables import Job, Vector
 from service.jobs.names import own_id
@@ -38,7 +39,7 @@ from service.security.paths import inside
 from service.security.vector_file import read_vector
 from steering.config import FitConfig
 
-router = APIRouter(tags=["steering"])
+router = APIRouter(tags=["steering"], route_class=BoundedRoute)
 READY = "ready"
 """Status of a vector that can be used."""
 

@@ -64,6 +64,11 @@ def _whole(value: Any) -> Any:
 Whole = BeforeValidator(_whole)
 """Behind an integer's limits: 8.0 is a whole number too, as JSON Schema has it and JavaScript sends it."""
 
+Layers = Annotated[
+    list[Annotated[int, Field(ge=0, le=10_000), Whole]], Field(min_length=1, max_length=512, fail_fast=True)
+]
+"""0-based indices of a model's blocks."""
+
 _DEPTH = 16
 _LARGEST = 10**300
 _CLEAN: dict[str, Any] = {"pattern": r"^[^\u0000]*$"}

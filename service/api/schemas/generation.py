@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from service.api.schemas.common import Answer, Body, Metadata, Name, Text, Whole, without_null_extras
+from service.api.schemas.common import Answer, Body, Layers, Metadata, Name, Text, Whole, without_null_extras
 
+_PARTS = 4096
+"""Parts of all messages of a request."""
 Stop = Annotated[list[Annotated[Text, Field(min_length=1, max_length=256)]], Field(max_length=4)]
 
 
@@ -27,16 +29,16 @@ class VectorUse(Body):
         "middle layer: far more, or on many layers, makes a model babble.",
         examples=[1.5],
     )
-    layers: (
-        Annotated[list[Annotated[int, Field(ge=0, le=10_000), Whole]], Field(min_length=1, max_length=512)] | None
-    ) = Field(None, description="0-based blocks whose output is changed; none means every layer the vector has.")
+    layers: Layers | None = Field(
+        None, description="0-based blocks whose output is changed; none means every layer the vector has."
+    )
     positions: Literal["all", "prompt", "generated"] = Field("all", description="Which tokens are touched.")
 
 
 class SteeringSpec(Body):
     """How to steer this request. Several vectors add in list order; then `preserve_norm` acts once."""
 
-    vectors: list[VectorUse] = Field(min_length=1, max_length=16, description="Vectors, by id.")
+    vectors: list[VectorUse] = Field(fail_fast=True, min_length=1, max_length=16, description="Vectors, by id.")
     preserve_norm: bool = Field(False, description="Give every touched position the norm it had before.")
     returns: list[Literal["steered", "default"]] = Field(
         ["steered"], alias="return", description='Only `["steered"]` is built.'
@@ -105,7 +107,7 @@ class ChatMessage(Body):
     """One message; `developer` is rendered as `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=256)] = Field(
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=256, fail_fast=True)] = Field(
         description="Text, or a list of text parts."
     )
 
@@ -123,7 +125,7 @@ class ChatMessage(Body):
 class ChatRequest(GenerationRequest):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=4096, fail_fast=True)
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**53), Whole] | None = Field(
         None, description="The newer name of max_tokens; give one of them."
     )
@@ -134,6 +136,8 @@ class ChatRequest(GenerationRequest):
     def _consistent(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs is only allowed with logprobs=true")
+        if sum(len(one.content) for one in self.messages if not isinstance(one.content, str)) > _PARTS:
+            raise ValueError(f"the messages may have {_PARTS} parts together; join their texts")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("give max_tokens or max_completion_tokens, not both")
         return self

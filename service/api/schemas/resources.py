@@ -6,7 +6,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import Field
 
-from service.api.schemas.common import Answer, Body, Loose, Metadata, Name, Text, Whole
+from service.api.schemas.common import Answer, Body, Layers, Loose, Metadata, Name, Text, Whole
 
 T = TypeVar("T")
 
@@ -158,9 +158,7 @@ class FitVector(Body):
     training_file: Name = Field(description="Id of an uploaded file: rows with `positive` and `negative`.")
     method: Name = Field("mean_difference", description="Fitting method.")
     name: Annotated[Text, Field(min_length=1, max_length=64)] | None = Field(None, description="Shown in lists.")
-    layers: (
-        Annotated[list[Annotated[int, Field(ge=0, le=10_000), Whole]], Field(min_length=1, max_length=512)] | None
-    ) = Field(None, description="0-based blocks to fit; none means all.")
+    layers: Layers | None = Field(None, description="0-based blocks to fit; none means all.")
     seed: Annotated[int, Field(ge=0, le=2147483647), Whole] | None = Field(None, description="Drawn when not given.")
     metadata: Metadata | None = None
     site: Literal["block", "attention", "mlp"] | None = Field(None, description="Whose output is compared.")
