@@ -18,7 +18,7 @@ CARD = "README.md"
 def write(
     directory: Path,
     *,
-    kind: Literal["adapter", "merged"],
+    kind: Literal["adapter", "merged", "scales"],
     base: str,
     base_fingerprint: str,
     fingerprint: str | None,
@@ -75,7 +75,7 @@ def verify(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{directory} has no {NAME}: it is not an artifact, or was not written to the end")
     manifest = policy.read_json(path)
     listed = manifest.get("files")
-    if manifest.get("format") != FORMAT or manifest.get("kind") not in ("adapter", "merged"):
+    if manifest.get("format") != FORMAT or manifest.get("kind") not in ("adapter", "merged", "scales"):
         raise ValueError(f"{path} is not a manifest of the format {FORMAT}")
     if not isinstance(listed, dict) or not all(isinstance(digest, str) for digest in listed.values()):
         raise ValueError(f"{path} does not list files with their sha256")
@@ -108,7 +108,8 @@ def _readme(kind: str, base: str, base_fingerprint: str, card: Mapping[str, Any]
     library = "peft" if kind == "adapter" else "transformers"
     front = {"base_model": base, "library_name": library, "pipeline_tag": "text-generation", "tags": ["gradhelm"]}
     head = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items())
-    what = "LoRA adapter in PEFT's format" if kind == "adapter" else "whole model in safetensors"
+    kinds = {"adapter": "LoRA adapter in PEFT's format", "scales": "scales of a quantised model"}
+    what = kinds.get(kind, "whole model in safetensors")
     rows = {"Kind": what, "Base": base, "Base fingerprint": base_fingerprint}
     details = {key: value for key, value in card.items() if isinstance(value, dict | list)}
     rows.update({key: value for key, value in card.items() if key not in details and key not in ("base", "title")})

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core.models.quant.convert import quantised
+
 
 def inner_model(model: nn.Module) -> Any:
     """The transformers model inside a PEFT model; the model itself otherwise."""
@@ -35,6 +37,8 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     from peft.utils import ModulesToSaveWrapper
     from peft.utils.other import AuxiliaryTrainingWrapper
 
+    if quantised(model):
+        raise ValueError("the model's linear layers are quantised: save it as it is, or dequantise it first")
     if not isinstance(model, PeftModel):
         return dict(model.state_dict())
     base = inner_model(model)

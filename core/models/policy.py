@@ -133,7 +133,7 @@ def check_directory(path: Path) -> None:
     else:
         raise PolicyError(f"{path} has neither model.safetensors nor {_INDEX}")
     headers = _check_files(files)
-    _check_sizes(config, [tensor for name in weights for tensor in headers[name].values()])
+    check_sizes(config, [tensor for name in weights for tensor in headers[name].values()])
 
 
 def check_adapter(path: Path) -> dict[str, Any]:
@@ -166,6 +166,23 @@ def check_adapter(path: Path) -> dict[str, Any]:
     if not all(type(rank) is int and 1 <= rank <= longest for rank in ranks):
         raise PolicyError(f"the adapter's ranks {ranks!r:.80} are not those of its tensors")
     return config
+
+
+def check_sizes(config: Mapping[str, Any], tensors: list[TensorInfo]) -> None:
+    """Refuses sizes that the weights contradict: a library allocates for the former before it reads the latter.
+
+    Args:
+        config: a parsed configuration.
+        tensors: the weights' headers.
+
+    Raises:
+        PolicyError: if a count or a dimension is larger than any of the weights could have.
+    """
+    longest = max((max(tensor.shape, default=1) for tensor in tensors), default=0)
+    for key, value in _items(config):
+        bound = len(tensors) if key in _COUNTS else longest if key in _DIMENSIONS else None
+        if bound is not None and value is not None and not (type(value) is int and 0 <= value <= bound):
+            raise PolicyError(f"config.json: {key} is {value!r:.80}, which the weights contradict")
 
 
 def check_endpoint(url: str) -> str:
@@ -257,15 +274,6 @@ def _check_files(files: Mapping[str, Path]) -> dict[str, dict[str, TensorInfo]]:
             except ValueError as error:
                 raise PolicyError(str(error)) from None
     return headers
-
-
-def _check_sizes(config: Mapping[str, Any], tensors: list[TensorInfo]) -> None:
-    """Refuses sizes that the weights contradict: a library allocates for the former before it reads the latter."""
-    longest = max((max(tensor.shape, default=1) for tensor in tensors), default=0)
-    for key, value in _items(config):
-        bound = len(tensors) if key in _COUNTS else longest if key in _DIMENSIONS else None
-        if bound is not None and value is not None and not (type(value) is int and 0 <= value <= bound):
-            raise PolicyError(f"config.json: {key} is {value!r:.80}, which the weights contradict")
 
 
 def _indexed(index: Path, files: Mapping[str, Path]) -> set[str]:

@@ -80,18 +80,30 @@ class QuantLinear(nn.Module):
             order: (I,) int32, a permutation of the inputs.
             bias: (O,).
             fixed: (O, G) bool; by default where a scale is 0.
+
+        Raises:
+            ValueError: if the parts do not fit together.
         """
         super().__init__()
         outputs, groups = codes.shape[0], -(-in_features // group)
-        assert codes.dtype == torch.uint8 and codes.shape == (outputs, (in_features + 1) // 2)
-        assert group % 2 == 0 or groups == 1
-        assert table.shape == (16,) and all(t is None or t.dtype == torch.float32 for t in (table, zeros, constants))
-        assert scales.dtype == torch.float32 and scales.shape == (outputs, groups)
-        assert all(t is None or t.shape == scales.shape for t in (zeros, constants, fixed))
-        assert order is None or (order.dtype == torch.int32 and order.shape == (in_features,))
-        assert bias is None or bias.shape == (outputs,)
+        by_group = {"scales": scales, "zeros": zeros, "constants": constants, "fixed": fixed}
+        wanted = {
+            "codes": (codes, (outputs, (in_features + 1) // 2), torch.uint8),
+            "table": (table, (16,), torch.float32),
+            "order": (order, (in_features,), torch.int32),
+            **{k: (v, (outputs, groups), torch.bool if k == "fixed" else torch.float32) for k, v in by_group.items()},
+        }
+        for name, (tensor, shape, dtype) in wanted.items():
+            if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):
+                raise ValueError(f"the layer's {name} are {tuple(tensor.shape)} {tensor.dtype}, not {shape} {dtype}")
+        if group % 2 and groups > 1:
+            raise ValueError(f"a group of {group} is odd and does not cover the row of {in_features}")
+        if order is not None and not torch.equal(order.long().sort().values.cpu(), torch.arange(in_features)):
+            raise ValueError("the layer's order is no permutation of its inputs")
+        if bias is not None and bias.shape != (outputs,):
+            raise ValueError(f"the layer's bias is {tuple(bias.shape)}, not ({outputs},)")
         self.in_features, self.out_features, self.group, self.scheme = in_features, outputs, group, scheme
-        if fixed is None and scales.device.type != "meta" and bool((scales == 0).any()):
+        if fixed is None and bool((scales == 0).any()):
             fixed = scales == 0
         self.scales = nn.Parameter(scales, requires_grad=False)
         named = {"codes": codes, "table": table, "zeros": zeros, "constants": constants, "order": order}

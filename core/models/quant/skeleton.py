@@ -35,8 +35,8 @@ def fill(model: Any, layers: Mapping[str, QuantLinear], tensors: Mapping[str, Te
     Args:
         model: from :func:`skeleton`.
         layers: quantised layers by the full name of the linear layer that each replaces.
-        tensors: all other weights by their names in the state dict; float ones are cast to the skeleton's dtype. A tied
-            head may be missing.
+        tensors: all other weights by their names in the state dict, in the dtypes that they will have. A tied head may
+            be missing.
 
     Raises:
         ValueError: if a name or a shape is not the model's, or a weight is missing.
@@ -56,11 +56,7 @@ def fill(model: Any, layers: Mapping[str, QuantLinear], tensors: Mapping[str, Te
         if name not in wanted or wanted[name].shape != tensor.shape:
             shape = "x".join(map(str, tensor.shape))
             raise ValueError(f"{name}, {shape}, is not a weight of the model" + _expected(wanted.get(name)))
-    own = {
-        name: tensor.to(wanted[name].dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in tensors.items()
-    }
-    model.load_state_dict(own, strict=False, assign=True)
+    model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     everything = (*model.named_parameters(), *model.named_buffers())
     if missing := sorted(name for name, tensor in everything if tensor.is_meta):

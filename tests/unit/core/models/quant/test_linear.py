@@ -128,3 +128,26 @@ def test_a_scale_of_zero_is_fixed_and_the_rest_is_not() -> None:
     assert again.fixed is not None and again.fixed.nonzero().tolist() == [[2, 1]]
     assert torch.equal(again.trainable_mask(), ~again.fixed)
     assert "fixed" in again.state_dict() and "pairs" not in again.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "says"),
+    [
+        ("scales", torch.ones(4, 3), r"scales are \(4, 3\) .*not \(4, 2\)"),
+        ("scales", torch.ones(4, 2, dtype=torch.float16), "scales are .* torch.float16, not"),
+        ("codes", torch.ones(4, 64, dtype=torch.uint8), "codes are"),
+        ("codes", torch.ones(4, 32, dtype=torch.int8), "codes are"),
+        ("table", torch.ones(15), "table are"),
+        ("zeros", torch.ones(2, 4), "zeros are"),
+        ("fixed", torch.ones(4, 2), "fixed are"),
+        ("order", torch.zeros(64, dtype=torch.int32), "no permutation"),
+        ("bias", torch.ones(5), r"bias is \(5,\)"),
+        ("group", 33, "group of 33 is odd"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused(part: str, value: Any, says: str) -> None:
+    parts: dict[str, Any] = {"codes": torch.ones(4, 32, dtype=torch.uint8), "scales": torch.ones(4, 2)}
+    parts |= {"table": torch.ones(16), "in_features": 64, "group": 32, "scheme": "test"}
+    linear.QuantLinear(**parts)
+    with pytest.raises(ValueError, match=says):
+        linear.QuantLinear(**parts | {part: value})
