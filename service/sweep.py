@@ -16,7 +16,6 @@ from pathlib import Path
 from sqlalchemy import Engine as Database
 from sqlalchemy import select
 
-from service.db import queries
 from service.db.engine import read, write
 from service.db.tables import File, Job, Vector
 from service.jobs import idempotency, starts
@@ -31,6 +30,10 @@ STRAY_SECONDS = 24 * 3600.0
 """A file is put aside when nothing has touched it for so long: nobody is about to name it, or to restore its row."""
 _JOB = re.compile(r"ftjob-[A-Za-z0-9]{24}")
 _OWN = {"files": re.compile(r"file-([A-Za-z0-9]{24})"), "vectors": re.compile(r"vec_([A-Za-z0-9]{24})\.safetensors")}
+_HALF = {
+    "files": re.compile(r"\.file-([A-Za-z0-9]{24})\.part"),
+    "vectors": re.compile(r"\.vec_([A-Za-z0-9]{24})(?:\.safetensors)?\.part"),
+}
 
 
 def sweep(home: Path, db: Database, *, now: float | None = None) -> list[Path]:
@@ -66,8 +69,6 @@ def sweep(home: Path, db: Database, *, now: float | None = None) -> list[Path]:
             "vectors": {f"{name}.safetensors" for name in session.scalars(select(Vector.id))},
         }
         over = {job_id: status in TERMINAL for job_id, status in session.execute(select(Job.id, Job.status))}
-        started = session.scalars(select(Job).where(Job.start_kind.is_not(None), Job.status.in_(TERMINAL))).all()
-        served = {job.id for job in started if queries.serves(session, job.id)}
     live = {job_id.rpartition("-")[2] for job_id, ended in over.items() if not ended}
     ours = any(named[folder].intersection(names) for folder, names in found.items()) or any(
         job_directory(home, job_id).is_dir() for job_id in over
@@ -76,22 +77,21 @@ def sweep(home: Path, db: Database, *, now: float | None = None) -> list[Path]:
     halves, strays = [], []
     for folder, names in found.items():
         for name in sorted(names.keys() - named[folder]):
-            half = name.startswith(".") and name.endswith(".part")
-            match = _OWN[folder].fullmatch(name[1:-5] if half else name)
-            if match is not None and match[1] in live:
+            half = _HALF[folder].fullmatch(name)
+            match = half or _OWN[folder].fullmatch(name)
+            if match is None or match[1] in live:
                 continue
             path = home / folder / name
-            if half:
+            if half is not None:
                 path.unlink(missing_ok=True)
                 halves.append(path)
-            elif match is not None and ours and names[name] < before and _put_aside(path, home):
+            elif ours and names[name] < before and _put_aside(path, home):
                 strays.append(path)
     for job_id in sorted(jobs.keys() - over.keys()):
         path = job_directory(home, job_id)
         if ours and jobs[job_id] < before and starts.unwritten(path) and _put_aside(path, home):
             strays.append(path)
-    for job in started:  # cancelled before they ran, ended in the moment of a kill, or lost their last model
-        starts.over(job, home, served=job.id in served)
+    starts.release(home, db)
     if halves:
         log.warning("halves_removed", paths=[str(path.relative_to(home)) for path in halves])
     if strays:

@@ -211,6 +211,7 @@ class Scheduler:
         self._renewed = now
         if not self._swept <= now < self._swept + 3600:
             self.store.prune_idempotency()
+            starts.release(self.home, self.store.engine)
             self._swept = now
 
     def _let_go(self, job_id: str) -> None:

@@ -12,10 +12,15 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from sqlalchemy import Engine, select
+
 from core.models.lock import appearing
 from core.models.manifest import NAME as MANIFEST
+from service.db import queries
+from service.db.engine import read
 from service.db.tables import Job
 from service.jobs import names
+from service.jobs.states import TERMINAL
 from trainers.registry import METHODS
 
 ADAPTER, MERGED, BOTH = "adapter", "merged", "both"
@@ -101,6 +106,20 @@ def over(job: Job, home: Path, *, served: bool) -> None:
     method = METHODS.get(job.method)  # None: this version knows it no more
     if not served or (method is not None and method.makes != "adapter"):
         shutil.rmtree(names.base_directory(home, job.id), ignore_errors=True)
+
+
+def release(home: Path, engine: Engine) -> None:
+    """``over`` for all that are: cancelled before they ran, ended in the moment of a kill, their last model deleted.
+
+    Args:
+        home: the data folder.
+        engine: its database.
+    """
+    with read(engine) as session:
+        ended = session.scalars(select(Job).where(Job.start_kind.is_not(None), Job.status.in_(TERMINAL))).all()
+        served = {job.id for job in ended if queries.serves(session, job.id)}
+    for job in ended:
+        over(job, home, served=job.id in served)
 
 
 def _copy(source: Path, target: Path) -> None:

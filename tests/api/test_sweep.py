@@ -66,6 +66,7 @@ async def test_what_no_row_names_is_put_aside_and_halves_go(
     kept = [add_file(app, settings), put(vectors / f"{put_vector(app, 'vec_' + 'k' * 24, 1)}.safetensors")]
     strays = [put(files / ("file-" + "a" * 24)), put(vectors / f"vec_{'a' * 24}.safetensors")]
     halves = [put(files / f".file-{'b' * 24}.part"), put(vectors / f".vec_{'b' * 24}.part")]
+    halves.append(put(vectors / f".vec_{'b' * 24}.safetensors.part"))
     await restart(settings, monkeypatch)
     assert [path for path in [*strays, *halves] if path.exists()] == []
     assert all(path.exists() for path in kept)
@@ -146,6 +147,12 @@ async def test_what_is_not_ours_stays(
         put(vectors / f"vec_{'x' * 24}"),
         put(vectors / "mine.safetensors"),
         put(deep / "inner"),
+        # halves, but not of our making
+        put(files / ".notes.part"),
+        put(files / f".vec_{'x' * 24}.part"),
+        put(files / f".file-{'x' * 24}.bak.part"),
+        put(vectors / ".mine.safetensors.part"),
+        put(vectors / f".file-{'x' * 24}.part"),
         # what the scheduler copies there just now, for a job that is not over
         put(files / f"file-{live}"),
         put(files / f".file-{live}.part"),

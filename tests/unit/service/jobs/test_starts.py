@@ -72,6 +72,34 @@ def test_a_start_of_the_server_lets_go_of_weights_whose_last_model_was_deleted(w
     assert not names.base_directory(world.home, gone).exists()
 
 
+def test_what_a_job_leaves_without_the_scheduler_goes_within_the_hour(world: World, tmp_path: Path) -> None:
+    """Cancelled before it ran, or its last model deleted: nobody starts the server anew for that."""
+    served = begin(world, tmp_path, both=True)
+    world.finish(served)
+    world.tick()
+    gone = begin(world, tmp_path, both=True)
+    world.finish(gone)
+    world.tick()
+    with write(world.store.engine) as session:
+        session.execute(delete(Model).where(Model.job_id == gone))
+    running = begin(world, tmp_path, both=True)
+    waiting = new_id("ftjob")
+    origin = Origin("tiny-llama", tmp_path / "weights", tmp_path / "adapter")
+    starts.keep(origin, world.home, waiting)
+    world.submit(id=waiting, start="ft:a", start_kind=origin.kind)
+    world.tick(3)
+    world.store.request_cancel(waiting)
+    assert world.status(waiting) == "cancelled" and world.status(running) == "running"
+    world.tick()
+    assert names.base_directory(world.home, waiting).is_dir()
+    world.clock.now += 3601
+    world.tick()
+    for job_id, base, start in ((waiting, False, False), (gone, False, False), (served, True, False),
+                                (running, True, True)):  # fmt: skip
+        assert names.base_directory(world.home, job_id).exists() == base, job_id
+        assert names.start_directory(world.home, job_id).exists() == start, job_id
+
+
 def test_it_stays_for_a_retry_a_pause_and_a_restart(world: World, tmp_path: Path) -> None:
     job_id = begin(world, tmp_path)
     start = names.start_directory(world.home, job_id)
