@@ -81,6 +81,17 @@ def test_cancel_during_validation(world: World) -> None:
     assert world.status(job_id) == "cancelled" and not world.alive()
 
 
+def test_a_validation_has_nothing_to_save_and_is_killed_at_once(world: World) -> None:
+    world.validation_code = world.on_term = None
+    job_id = world.submit()
+    world.tick()
+    world.store.request_cancel(job_id)
+    world.tick()
+    assert not world.alive() and world.job(job_id).stop_deadline is None
+    world.tick()
+    assert world.status(job_id) == "cancelled"
+
+
 def test_what_outlives_its_supervisor_is_ended_before_the_job_is_over(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,7 +73,7 @@ class World:
             return Behaviour(on_term=self.on_term)
         if self.verdict is not None:
             (directory / "validation.json").write_text(json.dumps(self.verdict))
-        return Behaviour(exits=self.validation_code)
+        return Behaviour(exits=self.validation_code, on_term=self.on_term)
 
     def submit(self, **changes: Any) -> str:
         return self.store.create(new_job(**changes)).job.id
