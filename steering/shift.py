@@ -76,17 +76,17 @@ class Shift:
 
 
 def relative_shift(before: Tensor, after: Tensor) -> Tensor:
-    """Measure |after - before| / |before| over the last dimension, in float32.
+    """Measure |after - before| / |before| over the last dimension, in float64: no finite float32 overflows there.
 
     Args:
         before: (..., D).
         after: (..., D).
 
     Returns:
-        (...) float32; where `before` is zero, it counts as the smallest normal number.
+        (...) float64; where `before` is zero, it counts as float32's smallest normal number.
     """
-    before = before.float()
-    ratio = torch.linalg.vector_norm(after.float() - before, dim=-1)
+    before = before.double()
+    ratio = torch.linalg.vector_norm(after.double() - before, dim=-1)
     shift: Tensor = ratio / torch.linalg.vector_norm(before, dim=-1).clamp_min(_TINY)
     return shift
 

@@ -7,6 +7,7 @@ that is what frees their rows.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
@@ -22,6 +23,8 @@ from service.api.drain import Draining
 from service.api.resolve import Target
 from service.api.schemas.generation import GenerationRequest, SteeringReceipt, Usage
 from service.engines.base import (
+    TOO_STRONG,
+    BadRequest,
     Chunk,
     Engine,
     EngineUnavailable,
@@ -168,9 +171,21 @@ def usage(collected: Sequence[Collected]) -> Usage:
 
 
 def receipt(made: Receipt | None) -> SteeringReceipt | None:
-    """The wire form of a receipt."""
+    """The wire form of a receipt.
+
+    Args:
+        made: The engine's.
+
+    Returns:
+        What the answer holds; none without steering.
+
+    Raises:
+        EngineError: 400, the steering cannot be told in numbers that JSON has.
+    """
     if made is None:
         return None
+    if not math.isfinite(made.mean_relative_shift):
+        raise BadRequest("steering_too_strong", TOO_STRONG, param="steering")
     return SteeringReceipt(layers=list(made.layers), tokens=made.tokens, mean_relative_shift=made.mean_relative_shift)
 
 

@@ -151,6 +151,9 @@ class ContextLengthExceeded(BadRequest):
         )
 
 
+TOO_STRONG = "The steering is so strong that the model's numbers overflow: lower the strength."
+
+
 class SteersNothing(EngineError):
     """422: the steering was understood and cannot touch any token or layer."""
 
@@ -176,7 +179,7 @@ class Engine(Protocol):
     """An engine. ``generate`` is started by its first ``__anext__``; closing the generator frees the request's row."""
 
     def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
-        """Stream the completion. Every error but a death comes before the first chunk."""
+        """Stream the completion. Only a death and numbers that overflow come after the first chunk."""
         ...
 
     async def close(self) -> None:

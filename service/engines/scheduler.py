@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from service.engines.adapters import AdapterStuck, PlacesTaken
-from service.engines.base import BadRequest, Chunk, EngineBusy, EngineError, EngineUnavailable, Request
+from service.engines.base import TOO_STRONG, BadRequest, Chunk, EngineBusy, EngineError, EngineUnavailable, Request
 from service.engines.cache import BLOCK, RowCache
 from service.engines.detokenise import Texts
 from service.engines.model import Row, TransformersModel
@@ -255,6 +255,8 @@ class Scheduler:
                 events.append((sequence.id, _broken(sequence)))
                 continue
             chunk = sequence.push(token, number)
+            if sequence.broken:
+                events.append((sequence.id, _broken(sequence)))
             if chunk is not None and not sequence.cancelled:
                 events.append((sequence.id, chunk))
         return events
@@ -300,6 +302,5 @@ def _not_numbers(logits: Tensor) -> set[int]:
 
 def _broken(sequence: Sequence) -> EngineError:
     if sequence.steering is not None:
-        message = "The steering is so strong that the model's numbers overflow: lower the strength."
-        return BadRequest("steering_too_strong", message, param="steering")
+        return BadRequest("steering_too_strong", TOO_STRONG, param="steering")
     return EngineUnavailable("The model's numbers overflow on this prompt.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +83,8 @@ class Sequence:
             logprob: its numbers, if they were asked for.
 
         Returns:
-            What the client may see now; None if that is nothing. ``finish`` is set if it was the last token.
+            What the client may see now; None if that is nothing. ``finish`` is set if it was the last token, or
+            ``broken`` if its steering cannot be told in numbers.
         """
         self.output.append(token)
         if token in self._eos:
@@ -97,7 +99,7 @@ class Sequence:
             return None
         return Chunk(text, tuple(notes), None, len(self.prompt), len(self.output))
 
-    def _end(self, finish: FinishReason, text: str, notes: list[TokenLogprob]) -> Chunk:
+    def _end(self, finish: FinishReason, text: str, notes: list[TokenLogprob]) -> Chunk | None:
         if not self._stream.stopped:
             more, rest = self._stream.push(self._pieces.flush(), None)
             text, notes = text + more, notes + rest
@@ -110,6 +112,9 @@ class Sequence:
         receipt = None
         if self.steering is not None:
             made = self.steering.receipt()
+            if not math.isfinite(made.mean_relative_shift):
+                self.broken = True
+                return None
             receipt = Receipt(made.layers, made.tokens, made.mean_relative_shift)
         return Chunk(text, tuple(notes), finish, len(self.prompt), len(self.output), receipt)
 

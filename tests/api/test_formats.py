@@ -9,7 +9,10 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from service.engines.base import Chunk, Request, TokenLogprob, TopLogprob
+from service.api.formats import ChatFormat
+from service.api.generation import Collected
+from service.api.schemas.generation import ChatMessage, ChatRequest
+from service.engines.base import Chunk, EngineError, Receipt, Request, TokenLogprob, TopLogprob
 from service.engines.fake import FakeEngine
 from service.engines.text import TextStream
 
@@ -85,3 +88,16 @@ async def test_a_stop_string_leaves_offsets_inside_the_text(app: FastAPI, client
         logprobs = choice["logprobs"]
         assert choice["text"] == "a\u2581é" and isinstance(logprobs, dict)
         assert logprobs["text_offset"] == OFFSETS[:5]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("shift", [float("inf"), float("nan")])
+def test_a_receipt_that_json_cannot_hold_is_an_error_in_words(stream: bool, shift: float) -> None:
+    wanted = ChatRequest(model="m", messages=[ChatMessage(role="user", content="x")], stream=stream or None)
+    form, receipt = ChatFormat(wanted), Receipt((1,), 3, shift)
+    with pytest.raises(EngineError, match="lower the strength") as caught:
+        if stream:
+            form.closing(0, Chunk("", (), "stop", 1, 1, receipt))
+        else:
+            form.answer([Collected("x", [], "stop", 1, 1, receipt)])
+    assert (caught.value.status, caught.value.code) == (400, "steering_too_strong")
