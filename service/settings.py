@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -21,7 +22,7 @@ from pydantic_settings import (
 )
 
 from core.home import home as default_home
-from service.settings_errors import check_environment, explain
+from service.settings_errors import check_environment, explain, is_service_link
 
 _MIB = 1 << 20
 
@@ -154,6 +155,12 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Arguments, then the environment, then the YAML file; nothing else is read."""
+        assert isinstance(env_settings, EnvSettingsSource)
+        env_settings.env_vars = {
+            name: value
+            for name, value in env_settings.env_vars.items()
+            if value is None or not is_service_link(name.upper(), value)
+        }
         return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +25,25 @@ OTHER_VARIABLES = frozenset(
     }
 )
 """Variables of ours that are no settings of the server."""
+_SERVICE_LINK = re.compile(
+    r"GRADHELM(_[A-Z0-9]+)*_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+_ADDRESS = re.compile(r"(tcp|udp|sctp)://\S+")
+
+
+def is_service_link(name: str, value: str) -> bool:
+    """Whether Kubernetes set a variable, as it does for each Service in a pod's namespace, whose name may be ours.
+
+    Args:
+        name: the variable, ``GRADHELM_SERVICE_HOST`` or ``GRADHELM_PORT``.
+        value: what it holds; ``GRADHELM_PORT`` is a setting too, unless it is ``tcp://10.0.0.1:8000``.
+
+    Returns:
+        True where nothing of the server is meant.
+    """
+    if name.endswith("_PORT") and _ADDRESS.fullmatch(value):
+        return True
+    return _SERVICE_LINK.fullmatch(name) is not None
 
 
 def variables(model: type[BaseModel], prefix: str = PREFIX) -> Iterator[str]:
@@ -55,6 +75,8 @@ def check_environment(model: type[BaseModel], environment: Mapping[str, str]) ->
     known = {*variables(model), *OTHER_VARIABLES}
     for name in sorted(environment):
         if name.upper().startswith(PREFIX) and name.upper() not in known:
+            if is_service_link(name.upper(), environment[name]):
+                continue
             # The prefix is left out: with it, any two names would be near each other.
             close = nearest(name[len(PREFIX) :], [one.removeprefix(PREFIX) for one in sorted(known)])
             meant = "" if close is None else f"did you mean {PREFIX}{close}? "

@@ -27,7 +27,7 @@ _MEANING = {
     503: "Not now; see Retry-After.",
     507: "The disk is full.",
 }
-_EVERYWHERE = (400, 401, 403, 405, 408, 413, 500, 503)
+_EVERYWHERE = (400, 401, 403, 405, 408, 413, 500, 503, 507)
 _PUBLIC = (400, 403, 405, 413, 500)
 
 

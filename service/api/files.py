@@ -221,9 +221,9 @@ def get_file_content(file_id: str, db: Db, settings: Config) -> FileContent:
     """The file's bytes; a job's `result_files[0]` is the CSV of its step metrics."""
     row = find(db, file_id)
     path = inside(settings.home / "files", row.id)
-    if not path.is_file():
-        raise not_found("file content", file_id, param="file_id", code="file_not_found")
-    return FileContent(path, media_type="application/octet-stream", filename=row.filename)
+    content = FileContent(path, media_type="application/octet-stream", filename=row.filename)
+    content.gone = not_found("file content", file_id, param="file_id", code="file_not_found")
+    return content
 
 
 @router.delete("/v1/files/{file_id}", response_model=Deleted, responses=errors_of(404))

@@ -29,6 +29,7 @@ from service.security.paths import inside
 
 router = APIRouter(tags=["fine-tuning"], route_class=BoundedRoute)
 PIECE = 64 * 1024
+_LOOKS = 3
 _TEXT = {"text/plain": {"schema": {"type": "string"}}, **SSE}
 
 
@@ -63,25 +64,32 @@ async def get_logs(
                 raise bad_request("Last-Event-ID is the byte offset of the last event.", param="Last-Event-ID")
             offset = int(last_event_id)
         return opened(request, lambda: _follow(store, job.id, folder, offset, state.draining))
-    first, end = await to_thread.run_sync(logs.span, folder)
-    start, stop, partial = ranges.chosen(wanted, first, end, what="log")
+    for _ in range(_LOOKS):
+        first, end = await to_thread.run_sync(logs.span, folder)
+        start, stop, partial = ranges.chosen(wanted, first, end, what="log")
+        begun = await to_thread.run_sync(logs.read, folder, start, min(PIECE, stop - start))
+        if begun.offset == start and (begun.data or start == stop):
+            break  # else the oldest bytes went while we looked, and the head must not promise them
     headers = {"Accept-Ranges": "bytes"}
     if partial:
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{end}"
     return StreamingResponse(
-        _pieces(folder, start, stop),
+        _pieces(folder, start, stop, begun.data),
         status_code=206 if partial else 200,
         headers=headers,
         media_type="text/plain; charset=utf-8",
     )
 
 
-def _pieces(folder: Path, start: int, stop: int) -> Iterator[bytes]:
+def _pieces(folder: Path, start: int, stop: int, begun: bytes) -> Iterator[bytes]:
+    """The bytes from `start` on, those that were read already first; ends early where the next are gone meanwhile."""
+    yield begun
+    start += len(begun)
     while start < stop:
         piece = logs.read(folder, start, min(PIECE, stop - start))
-        if not piece.data:
+        if not piece.data or piece.offset != start:
             return
-        yield piece.data[: stop - piece.offset]
+        yield piece.data
         start = piece.next
 
 

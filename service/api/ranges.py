@@ -8,7 +8,7 @@ import re
 from anyio import to_thread
 from fastapi.responses import FileResponse
 from starlette.datastructures import Headers
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from service.api.errors import APIError
 
@@ -46,12 +46,39 @@ def chosen(wanted: str | None, first: int, end: int, *, what: str) -> tuple[int,
 
 
 class FileContent(FileResponse):
-    """A file, whole or by range; a range that cannot be is an error in the API's own shape, not the framework's."""
+    """A file, whole or by range; what cannot be sent is an error in the API's own shape, not the framework's."""
+
+    gone: APIError | None = None
+    """What to answer when the file is deleted before its first byte is read."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
+        begin: Message | None = None
+
+        async def later(message: Message) -> None:
+            """Hold the head back until there is a byte: the file is opened between the two."""
+            nonlocal begin
+            if message["type"] == "http.response.start":
+                begin = message
+                return
+            if begin is not None:
+                head, begin = begin, None
+                await send(head)
+            await send(message)
+
+        try:
+            if self.stat_result is None:  # the framework then does not look again
+                self.stat_result = await to_thread.run_sync(os.stat, self.path)
+                self.set_stat_headers(self.stat_result)
+            await super().__call__(self._within(scope, self.stat_result.st_size), receive, later)
+        except FileNotFoundError:
+            if self.gone is None:
+                raise
+            raise self.gone from None
+
+    def _within(self, scope: Scope, size: int) -> Scope:
+        """The request with a range that is in the file, or with none."""
         headers = Headers(scope=scope)
-        size = (await to_thread.run_sync(os.stat, self.path)).st_size
         kept = [(name, value) for name, value in scope["headers"] if name.lower() != b"range"]
         try:
             start, stop, partial = chosen(headers.get("range"), 0, size, what="file")
@@ -61,4 +88,4 @@ class FileContent(FileResponse):
             partial = False
         if partial:
             kept.append((b"range", f"bytes={start}-{stop - 1}".encode()))
-        await super().__call__({**scope, "headers": kept}, receive, send)
+        return {**scope, "headers": kept}

@@ -39,6 +39,7 @@ from service.security.paths import inside
 from service.security.vector_file import read_vector
 from steering.config import FitConfig
 
+_ENDS = {"failed": "failed", "cancelled": "was cancelled"}
 router = APIRouter(tags=["steering"], route_class=BoundedRoute)
 READY = "ready"
 """Status of a vector that can be used."""
@@ -296,11 +297,14 @@ def get_vector_content(vector_id: str, db: Db, settings: Config) -> FileContent:
     """The vector's safetensors file."""
     found = find(db, vector_id)
     if isinstance(found, Job):
-        raise APIError(404, f"The vector is not fitted yet: its job is {found.status}.", code="vector_not_ready")
+        message = f"The vector is not fitted yet: its job is {found.status}."
+        if found.status in _ENDS:
+            message = f"There is no vector: its job {found.id} {_ENDS[found.status]} before it made one."
+        raise APIError(404, message, code="vector_not_ready")
     path = inside(settings.home / "vectors", f"{found.id}.safetensors")
-    if not path.is_file():
-        raise not_found("steering vector", vector_id, param="vector_id", code="vector_not_found")
-    return FileContent(path, media_type="application/octet-stream", filename=f"{found.id}.safetensors")
+    content = FileContent(path, media_type="application/octet-stream", filename=f"{found.id}.safetensors")
+    content.gone = not_found("steering vector", vector_id, param="vector_id", code="vector_not_found")
+    return content
 
 
 @router.delete("/v1/steering/vectors/{vector_id}", response_model=Deleted, responses=errors_of(404))
@@ -310,6 +314,8 @@ def delete_vector(vector_id: str, db: Db, settings: Config) -> Deleted:
     found = find(db, vector_id)
     if isinstance(found, Job):
         message = f"The vector is not fitted yet; cancel its job {found.id} instead."
+        if found.status in _ENDS:
+            message = f"There is no vector to delete: its job {found.id} {_ENDS[found.status]} before it made one."
         raise APIError(400, message, code="vector_not_ready", param="vector_id")
     with write(db) as session:
         session.execute(delete(Vector).where(Vector.id == found.id))

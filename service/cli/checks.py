@@ -161,7 +161,10 @@ def settings() -> Check:
 
 def port() -> Check:
     """Whether the default port is free, or who answers there."""
-    number = int(os.environ.get("GRADHELM_PORT") or 8000)
+    from service.settings_errors import is_service_link
+
+    given = os.environ.get("GRADHELM_PORT") or "8000"
+    number = 8000 if is_service_link("GRADHELM_PORT", given) else int(given)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

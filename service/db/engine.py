@@ -25,7 +25,8 @@ BUSY_TIMEOUT_MS = 2000
 _TURNS: WeakKeyDictionary[Engine, tuple[threading.Lock, float]] = WeakKeyDictionary()
 
 _BUSY = ("database is locked", "database table is locked", "database is busy")
-_FULL = ("database or disk is full", "disk i/o error", "no space left")
+_FULL = ("database or disk is full", "no space left")
+_DISK = "disk i/o error"  # a full disk says so; this is a disk that fails, or a file system that went away
 
 
 class DatabaseBusy(RuntimeError):
@@ -33,7 +34,7 @@ class DatabaseBusy(RuntimeError):
 
 
 class DatabaseFull(DatabaseBusy):
-    """The disk under the database is full. Nothing was written; free some space and try again (HTTP 503)."""
+    """The disk under the database is full. Nothing was written; free some space and try again (HTTP 507)."""
 
 
 class DatabaseNewer(RuntimeError):
@@ -160,6 +161,8 @@ def _translated() -> Iterator[None]:
         text = str(error.orig).lower()
         if any(word in text for word in _FULL):
             raise DatabaseFull("the disk under the database is full; free some space and try again") from error
+        if _DISK in text:
+            raise DatabaseBusy("the disk under the database reports an error; see the system's log") from error
         if any(word in text for word in _BUSY) or error.connection_invalidated:
             raise DatabaseBusy("the database is busy; try again in a moment") from error
         if isinstance(error, OperationalError) and not isinstance(error.orig, sqlite3.Error):

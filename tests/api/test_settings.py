@@ -153,3 +153,37 @@ def test_a_bad_value_of_the_environment_names_its_variable_and_no_password(monke
     with pytest.raises(ValidationError) as refused:
         Settled()
     assert "secret" not in settings_errors.explain(Settings, refused.value, None)
+
+
+LINKS = {
+    "GRADHELM_SERVICE_HOST": "10.0.0.1",
+    "GRADHELM_SERVICE_PORT": "8000",
+    "GRADHELM_SERVICE_PORT_HTTP": "8000",
+    "GRADHELM_PORT": "tcp://10.0.0.1:8000",
+    "GRADHELM_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+    "GRADHELM_PORT_8000_TCP_PROTO": "tcp",
+    "GRADHELM_PORT_8000_TCP_PORT": "8000",
+    "GRADHELM_PORT_8000_TCP_ADDR": "10.0.0.1",
+    "GRADHELM_API_SERVICE_HOST": "10.0.0.2",
+    "GRADHELM_API_PORT": "udp://10.0.0.2:53",
+    "GRADHELM_API_PORT_53_UDP_ADDR": "10.0.0.2",
+}
+
+
+def test_what_kubernetes_sets_for_a_service_of_our_name_is_no_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in LINKS.items():
+        monkeypatch.setenv(name, value)
+    file = tmp_path / "s.yaml"
+    file.write_text("port: 9000\n")
+    assert load_settings().port == 8000 and load_settings(file).port == 9000
+    monkeypatch.setenv("GRADHELM_PORT", "9001")
+    assert load_settings(file).port == 9001, "a number is a setting"
+
+
+@pytest.mark.parametrize("name", ["GRADHELM_API_PORT", "GRADHELM_SERVICE_HOSTS", "GRADHELM_PORT_X", "GRADHELM_HOSTS"])
+def test_what_only_resembles_those_is_still_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "8000")
+    with pytest.raises(ValueError, match=f"^nothing reads the environment variable {name}"):
+        load_settings()

@@ -111,3 +111,8 @@ def test_all_is_printed_and_a_failure_is_the_exit_code(run: Run, monkeypatch: py
     result = run("doctor")
     assert result.code == 1
     assert "FAIL  broken       RuntimeError: no such thing" in result.out
+
+
+def test_the_port_that_kubernetes_names_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADHELM_PORT", "tcp://10.0.0.1:1")
+    assert "8000" in str(checks.port())
