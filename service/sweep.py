@@ -18,7 +18,7 @@ from sqlalchemy import select
 
 from service.db.engine import read, write
 from service.db.tables import File, Job, Vector
-from service.jobs import idempotency, starts
+from service.jobs import idempotency, starts, weights
 from service.jobs.names import job_directory
 from service.jobs.states import TERMINAL
 from service.log import logger
@@ -68,7 +68,8 @@ def sweep(home: Path, db: Database, *, now: float | None = None) -> list[Path]:
             "files": set(session.scalars(select(File.id))),
             "vectors": {f"{name}.safetensors" for name in session.scalars(select(Vector.id))},
         }
-        over = {job_id: status in TERMINAL for job_id, status in session.execute(select(Job.id, Job.status))}
+        states: dict[str, str] = {name: status for name, status in session.execute(select(Job.id, Job.status))}  # noqa: C416
+        over = {job_id: status in TERMINAL for job_id, status in states.items()}
     live = {job_id.rpartition("-")[2] for job_id, ended in over.items() if not ended}
     ours = any(named[folder].intersection(names) for folder, names in found.items()) or any(
         job_directory(home, job_id).is_dir() for job_id in over
@@ -92,6 +93,9 @@ def sweep(home: Path, db: Database, *, now: float | None = None) -> list[Path]:
         if ours and jobs[job_id] < before and starts.unwritten(path) and _put_aside(path, home):
             strays.append(path)
     starts.release(home, db)
+    for job_id in jobs.keys() & states.keys():  # ended in the moment of a kill, or under an earlier version
+        if states[job_id] in ("succeeded", "cancelled"):
+            weights.settle(home, job_id)
     if halves:
         log.warning("halves_removed", paths=[str(path.relative_to(home)) for path in halves])
     if strays:

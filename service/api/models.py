@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from anyio import from_thread, to_thread
 from fastapi import APIRouter, Request
 from sqlalchemy import Engine as Database
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, update
 from starlette.responses import Response
 
 from core.models.resolve import available
@@ -19,11 +18,13 @@ from service.api.errors import APIError, bad_request
 from service.api.fine_tuning import known_id
 from service.api.model_names import ModelMissing
 from service.api.resolve import base_directory, origin
-from service.api.schemas.common import Deleted
-from service.api.schemas.resources import Listing, ModelObject, PullModel
+from service.api.schemas.resources import DeletedModel, Listing, ModelObject, PullModel
 from service.api.shape import BoundedRoute
+from service.db import queries
 from service.db.engine import read, write
 from service.db.tables import Checkpoint, Job, Model
+from service.jobs import names, weights
+from service.jobs.states import TERMINAL
 from service.settings import Settings
 
 router = APIRouter(tags=["models"], route_class=BoundedRoute)
@@ -133,22 +134,50 @@ def get_model(model: str, db: Db, settings: Config) -> ModelObject:
     return made
 
 
-@router.delete("/v1/models/{model:path}", response_model=Deleted, responses=errors_of(404))
+@router.delete("/v1/models/{model:path}", response_model=DeletedModel, responses=errors_of(404, 409))
 @needs("jobs")
-def delete_model(model: str, db: Db, settings: Config, request: Request) -> Deleted:
-    """Delete a made model and its files. Base models stay; checkpoints go by retention."""
+def delete_model(model: str, db: Db, settings: Config, request: Request) -> DeletedModel:
+    """Delete a made model, its files and its job's checkpoints; `ft:...:ckpt-step-N` deletes that checkpoint alone.
+
+    Base models stay. The answer says how much of the disk is free again, and what stays since later jobs share it.
+    """
     name = known_id(model) or ""
     if not name.startswith("ft:"):
         base_directory(name, settings.home)
         raise APIError(403, "Base models are not deleted over the API.", code="base_model", param="model")
     with write(db) as session:
-        row = session.scalar(select(Model).where(Model.id == name))
-        if row is None:
-            raise ModelMissing(name)
-        session.execute(delete(Model).where(Model.id == name))
-    path = Path(row.path).resolve()
-    if path.is_relative_to(settings.home) and path != settings.home:
-        shutil.rmtree(path, ignore_errors=True)
-        # A process that has it merged, or as its base, would keep its memory until it is idle for long.
-        from_thread.run(request.app.state.engine.drop, str(path))
-    return Deleted(id=row.id, object="model")
+        made = session.scalar(select(Model).where(Model.id == name))
+        if made is not None:
+            session.execute(delete(Model).where(Model.id == name))
+            job_id, paths, wanted = made.job_id, [Path(made.path)], Checkpoint.job_id == made.job_id
+        else:
+            saved = session.scalar(select(Checkpoint).where(Checkpoint.model_id == name, Checkpoint.available))
+            if saved is None:
+                raise ModelMissing(name)
+            status = session.scalar(select(Job.status).where(Job.id == saved.job_id))
+            if status not in TERMINAL:
+                message = f"The job {saved.job_id} is {status} and may go on from this checkpoint; cancel it first."
+                raise APIError(409, message, code="checkpoint_in_use", param="model")
+            job_id, paths, wanted = saved.job_id, [], Checkpoint.id == saved.id
+        gone = session.scalars(select(Checkpoint).where(wanted, Checkpoint.available)).all()
+        ids, folders = [row.model_id for row in gone], [Path(row.path) for row in gone]
+        session.execute(update(Checkpoint).where(wanted).values(available=False))
+        session.flush()
+        last = job_id is not None and not queries.serves(session, job_id)
+    served = [*paths, *folders]
+    paths += [folder.parent for folder in folders]
+    if last and job_id is not None:  # what only a resume or an adapter of it could have used
+        served.append(names.base_directory(settings.home, job_id))
+        paths += [served[-1], weights.checkpoints(settings.home, job_id)]
+    inside = {path.resolve() for path in paths} - {settings.home}
+    found = weights.remove(path for path in inside if path.is_relative_to(settings.home))
+    for path in served:  # a process that has it merged, or as its base, would keep its memory until it is idle for long
+        if path.resolve().is_relative_to(settings.home):
+            from_thread.run(request.app.state.engine.drop, str(path.resolve()))
+    return DeletedModel(
+        id=name,
+        object="model",
+        checkpoints=[one for one in ids if one != name],
+        freed_bytes=found.freed,
+        kept_bytes=found.kept,
+    )

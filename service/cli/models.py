@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +13,7 @@ from core.models.catalog import CATALOG
 from service.cli import archive
 from service.cli.client import Client, segment
 from service.cli.options import DEFAULT_URL, AsJson, Key, Url
-from service.cli.output import emit, fields, note, table
+from service.cli.output import emit, fields, note, size, table
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -88,13 +88,21 @@ def export(
 
 @app.command("delete")
 def delete(model: ModelId, url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> None:
-    """Delete a fine-tuned model; its job and metrics stay."""
+    """Delete a fine-tuned model and its job's checkpoints, or one checkpoint; the job and its metrics stay."""
     with Client(url, key) as client:
         answer = client.delete(f"/v1/models/{segment(model)}")
     if as_json:
         emit(answer)
     else:
-        note(f"deleted {model}")
+        note(f"deleted {model}{_freed(answer)}")
+
+
+def _freed(answer: dict[str, Any]) -> str:
+    """What a deletion took along, gave back and left."""
+    count, kept = len(answer.get("checkpoints") or []), answer.get("kept_bytes") or 0
+    also = f" and {count} checkpoint{'s' if count > 1 else ''} of its job" if count else ""
+    stays = f"; {size(kept)} stay, shared with later jobs: delete their models too" if kept else ""
+    return f"{also}: {size(answer.get('freed_bytes') or 0)} of the disk are free again{stays}"
 
 
 def _size(reference: str) -> str:

@@ -25,7 +25,7 @@ from service.db import queries
 from service.db.engine import DatabaseBusy, read
 from service.db.tables import Job
 from service.executors.base import AlreadyRunning, Executor, Exited, Gone, Handle, Running, StaleAttempt
-from service.jobs import backlog, logs, recovery, results, spec, starts, tail, validation
+from service.jobs import backlog, logs, recovery, results, spec, starts, tail, validation, weights
 from service.jobs.live import Live, phase_of
 from service.jobs.lock import FolderLock
 from service.jobs.records import Event, StaleWrite
@@ -460,6 +460,8 @@ class Scheduler:
             with read(self.store.engine) as session:
                 served = queries.serves(session, job.id)
             starts.over(job, self.home, served=served)
+            if ending.target != "failed":
+                weights.settle(self.home, job.id)
         assert ending.target not in ACTIVE
         self._wake.set()  # a slot is free
 

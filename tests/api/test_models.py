@@ -64,11 +64,62 @@ async def test_a_deleted_model_is_gone_with_its_files(
     app: FastAPI, client: httpx.AsyncClient, settings: Settings, base: str
 ) -> None:
     name, folder = put_model(app, settings.home)
-    assert (await client.delete(f"/v1/models/{name}")).json() == {"id": name, "object": "model", "deleted": True}
+    answer = (await client.delete(f"/v1/models/{name}")).json()
+    assert {"id": name, "object": "model", "deleted": True}.items() <= answer.items()
+    assert answer["checkpoints"] == [] and answer["freed_bytes"] > 3000 and answer["kept_bytes"] == 0
     assert not folder.exists() and folder.parent.exists()
-    assert app.state.engine.dropped == [str(folder)], "the engine lets go of it too"
+    assert str(folder) in app.state.engine.dropped, "the engine lets go of it too"
     for call in (client.get, client.delete):
         assert (await call(f"/v1/models/{name}")).status_code == 404
+
+
+def put_checkpoint(app: FastAPI, folder: Path, step: int) -> tuple[str, Path]:
+    job = folder.name
+    saved = folder / "checkpoints" / f"step-{step:08d}" / "adapter"
+    saved.mkdir(parents=True)
+    (saved / "adapter_model.safetensors").write_bytes(b"c" * 2000)
+    (saved.parent / "tensors.safetensors").write_bytes(b"t" * 4000)
+    name = f"ft:tiny-llama:local::{job[-8:]}:ckpt-step-{step}"
+    row = Checkpoint(
+        id=f"c{step}", job_id=job, step=step, created_at=1, model_id=name, kind="adapter", path=str(saved), metrics={}
+    )
+    with write(app.state.db) as session:
+        session.add(row)
+    return name, saved.parent
+
+
+async def test_the_checkpoints_of_a_deleted_model_go_with_it(
+    app: FastAPI, client: httpx.AsyncClient, settings: Settings, base: str
+) -> None:
+    name, folder = put_model(app, settings.home)
+    saved, _ = put_checkpoint(app, folder.parent, 2)
+    (folder.parent / "base").mkdir()
+    later = folder.parent / "later"  # stands for the own copy of a job that started from the model
+    os.link(folder / "adapter_model.safetensors", later)
+    answer = (await client.delete(f"/v1/models/{name}")).json()
+    assert answer["checkpoints"] == [saved] and answer["kept_bytes"] == 3000 and answer["freed_bytes"] > 6000
+    assert [path.name for path in folder.parent.iterdir()] == ["later"]
+    assert (await client.get(f"/v1/models/{saved}")).status_code == 404
+
+
+async def test_one_checkpoint_is_deleted_alone_once_its_job_is_over(
+    app: FastAPI, client: httpx.AsyncClient, settings: Settings, base: str
+) -> None:
+    job = make_job(app.state.store)
+    folder = settings.home / "jobs" / job
+    one, first = put_checkpoint(app, folder, 2)
+    two, second = put_checkpoint(app, folder, 4)
+    refused = await client.delete(f"/v1/models/{one}")
+    assert refused.status_code == 409 and refused.json()["error"]["code"] == "checkpoint_in_use" and first.is_dir()
+    app.state.store.request_cancel(job)
+    answer = (await client.delete(f"/v1/models/{one}")).json()
+    assert (answer["id"], answer["checkpoints"], answer["freed_bytes"]) == (one, [], 6000)
+    assert not first.exists() and second.is_dir()
+    assert (await client.get(f"/v1/models/{two}")).status_code == 200
+    (folder / "checkpoints" / "step-00000003").mkdir()  # one that only a resume could have used
+    assert (await client.delete(f"/v1/models/{two}")).status_code == 200
+    assert not (folder / "checkpoints").exists(), "the last one takes the rest with it"
+    assert (await client.delete(f"/v1/models/{two}")).status_code == 404
 
 
 async def test_deletion_never_leaves_the_data_folder(

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import Field
 
-from service.api.schemas.common import Answer, Body, Layers, Loose, Metadata, Name, Text, Whole
+from service.api.schemas.common import Answer, Body, Deleted, Layers, Loose, Metadata, Name, Text, Whole
 
 T = TypeVar("T")
 
@@ -143,6 +143,14 @@ class ModelObject(Answer):
         default=None, description="The model or checkpoint that its job started from, if not the base."
     )
     job_id: str | None = None
+
+
+class DeletedModel(Deleted):
+    """A model or checkpoint that is gone, and what that gave back."""
+
+    checkpoints: list[str] = Field(description="Checkpoints of its job that went with it.")
+    freed_bytes: int = Field(description="Bytes that the disk has again.")
+    kept_bytes: int = Field(description="Bytes that stay: later jobs and their models share these very files.")
 
 
 class PullModel(Body):
