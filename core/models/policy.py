@@ -76,11 +76,12 @@ class PolicyError(ValueError):
     """A directory or configuration that Gradhelm will not open; the message says why and what would do."""
 
 
-def check_config(config: Mapping[str, Any]) -> None:
+def check_config(config: Mapping[str, Any], *, quantised: bool = False) -> None:
     """Checks a parsed configuration, at every depth.
 
     Args:
         config: what a ``config.json``, ``tokenizer_config.json`` or the like holds.
+        quantised: let it say how the weights are quantised; for readers that act on no other setting of that kind.
 
     Raises:
         PolicyError: if a key would bring in code or other weights, a ``model_type`` is not in the allow-list, or the
@@ -89,7 +90,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     for key, value in _items(config):
         if key in _CODE and value not in (None, False):
             raise PolicyError(f"the configuration has {key!r}, which runs code from the model; models are data here")
-        if key in _WEIGHTS and value not in (None, False):
+        if key in _WEIGHTS and not (quantised and key == "quantization_config") and value not in (None, False):
             raise PolicyError(f"the configuration has {key!r}; give the plain, unquantised safetensors model")
         if key in ("_attn_implementation", "attn_implementation") and not _known_attention(value):
             raise PolicyError(
@@ -109,11 +110,12 @@ def check_config(config: Mapping[str, Any]) -> None:
             )
 
 
-def check_directory(path: Path) -> None:
+def check_directory(path: Path, *, quantised: bool = False) -> None:
     """Checks a base model's directory: safetensors only, no code, sound headers, nothing that points elsewhere.
 
     Args:
         path: the directory.
+        quantised: whether its weights may be quantised ones, as in :func:`check_config`.
 
     Raises:
         PolicyError: if anything in it is refused; the message names the file.
@@ -132,7 +134,7 @@ def check_directory(path: Path) -> None:
         weights = {"model.safetensors"}
     else:
         raise PolicyError(f"{path} has neither model.safetensors nor {_INDEX}")
-    headers = _check_files(files)
+    headers = _check_files(files, quantised=quantised)
     check_sizes(config, [tensor for name in weights for tensor in headers[name].values()])
 
 
@@ -254,7 +256,7 @@ def _files(path: Path) -> dict[str, Path]:
     return found
 
 
-def _check_files(files: Mapping[str, Path]) -> dict[str, dict[str, TensorInfo]]:
+def _check_files(files: Mapping[str, Path], *, quantised: bool = False) -> dict[str, dict[str, TensorInfo]]:
     """Checks every file by its kind; returns the headers of the safetensors files."""
     headers = {}
     for name, path in files.items():
@@ -265,7 +267,7 @@ def _check_files(files: Mapping[str, Path]) -> dict[str, dict[str, TensorInfo]]:
             raise PolicyError(f"{name} is program code: a model directory must hold data only")
         if suffix == ".json" and "/" not in name and name not in _PLAIN_JSON:
             try:
-                check_config(read_json(path))
+                check_config(read_json(path), quantised=quantised)
             except PolicyError as error:
                 raise PolicyError(f"{name}: {error}") from None
         if suffix == ".safetensors":
