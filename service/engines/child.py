@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -194,12 +195,30 @@ def _environment(threads: int) -> dict[str, str]:
     return {**os.environ, **fixed, **quiet}
 
 
+def log_name(base: str, merge: str | None = None) -> str:
+    """What a process's log is called: every folder has its own, and every job's is ``artifact``.
+
+    Args:
+        base: directory of the model.
+        merge: directory of an adapter to be merged into it, or None.
+
+    Returns:
+        The job and the folder's name, for people, and a hash of the whole, for the log to be of this model alone.
+    """
+    told = [part for path in (base, merge) if path for part in (_job_of(path), Path(path).name) if part]
+    digest = hashlib.sha256("\0".join((base, merge or "")).encode("utf-8", "surrogateescape")).hexdigest()
+    return "-".join(("-".join(told)[:150], digest[:8]))
+
+
+def _job_of(path: str) -> str | None:
+    return next((part for part in Path(path).parts if part.startswith("ftjob-")), None)
+
+
 def _log_path(base: str, merge: str | None, options: EngineOptions) -> Path | None:
     if options.log_directory is None:
         return None
     options.log_directory.mkdir(parents=True, exist_ok=True)
-    name = Path(base).name + (f"+{Path(merge).parent.name}" if merge else "")
-    path = options.log_directory / f"engine-{name}.log"
+    path = options.log_directory / f"engine-{log_name(base, merge)}.log"
     if path.exists() and path.stat().st_size > LOG_BYTES:
         path.replace(path.with_suffix(".log.1"))
     return path

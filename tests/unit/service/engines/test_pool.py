@@ -11,6 +11,7 @@ import pytest
 
 from core.models.load import load
 from service.engines.base import EngineError, Request, Sampling
+from service.engines.child import log_name
 from service.engines.options import EngineOptions, PoolOptions
 from service.engines.pool import OVERHEAD, EnginePool, needs_merge, weights_bytes
 from tests.unit.service.engines.conftest import Kit, make_adapter, run
@@ -107,3 +108,16 @@ def test_what_is_no_adapter_is_left_for_the_process_to_refuse(tmp_path: Path) ->
     assert not needs_merge(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{")
     assert not needs_merge(tmp_path)
+
+
+def test_every_model_has_a_log_of_its_own() -> None:
+    """All whole weights that jobs make lie in folders of the same name."""
+    jobs = [f"/home/jobs/ftjob-{letter * 24}" for letter in "AB"]
+    places = [f"{job}/{inside}" for job in jobs for inside in ("artifact", "base", "checkpoints/step-00000001/merged")]
+    places.append(f"{jobs[0]}/checkpoints/step-00000002/merged")
+    logs = [log_name(place) for place in places]
+    logs += [log_name("/home/models/tiny-llama", place) for place in places] + [log_name("/home/models/tiny-llama")]
+    logs += [log_name("/home/other/tiny-llama"), log_name("/home/models/tiny-llama", "/x/artifact")]
+    assert len(set(logs)) == len(logs)
+    assert logs[0].startswith(f"ftjob-{'A' * 24}-artifact-") and logs[-2].startswith("tiny-llama-")
+    assert log_name(places[0]) == logs[0]
