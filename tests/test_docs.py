@@ -310,6 +310,13 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "def f():\n    import service.settings",
             r"steering\.new_module -> service\.settings",
         ),
+        ("service/new_module.py", "import demo.server", r"service\.new_module -> demo"),
+        ("trainers/new_module.py", "import benchmarks.report", r"trainers\.new_module -> benchmarks"),
+        ("core/new_module.py", "import docs.facts", r"core\.new_module -> docs"),
+        ("steering/new_module.py", "from tests.chaos import standin", r"steering\.new_module -> tests"),
+        ("core/new_module.py", "import fastapi, sqlalchemy", r"core\.new_module -> fastapi[\s\S]*-> sqlalchemy"),
+        ("trainers/new_module.py", "def f():\n    from sqlite3 import dbapi2", r"trainers\.new_module -> sqlite3"),
+        ("steering/new_module.py", "from pydantic import BaseModel", r"steering\.new_module -> pydantic"),
     ],
 )
 def test_a_broken_arrow_is_found(tree: Path, file: str, line: str, arrow: str) -> None:
