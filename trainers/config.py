@@ -183,7 +183,17 @@ class Run:
 
     def warnings(self) -> list[str]:
         """Settings that have no effect as they are combined, one sentence each."""
-        return self.config.warnings() + self.settings.warnings()
+        idle = () if self.method.needs_gradients else ("clip_norm", "activation_checkpointing")
+        defaults = fields_doc(RunConfig)
+        return [
+            *self.config.warnings(),
+            *self.settings.warnings(),
+            *(
+                f"{name} has no effect with {self.method.name}, which takes no gradients"
+                for name in idle
+                if getattr(self.config, name) != defaults[name].default
+            ),
+        ]
 
 
 _MOST = 2**31 - 1

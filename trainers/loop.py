@@ -2,7 +2,8 @@
 
 Its heart is ``optimizer.step(closure)``. The closure runs all micro-batches of a step, clips the gradient, and returns
 the mean loss per trained token of the whole step, over all micro-batches and processes: so 1 x 8 and 8 x 1 rows give
-the same gradient. First-order optimizers call it once, with gradients; zeroth-order ones twice, under ``no_grad``.
+the same gradient. First-order optimizers call it once, with gradients; zeroth-order ones twice, under ``no_grad``, and
+judge for themselves what a loss that is not finite means.
 
 A stop is taken at the next micro-batch. The step under way is thrown away, and what is saved is the state after the
 last whole step: parameters, optimizer, random generators, data cursor. A resumed run therefore repeats that step and
@@ -76,6 +77,7 @@ class Loop:
         """
         self.config, self.run_file = run.config, run
         self.model, self.optimizer, self.loss = attached.model, attached.optimizer, loss
+        self.measured = attached.measured
         self.held_out, self.collate = held_out, collate
         self.accelerator, self.reporter, self.stop = accelerator, reporter, stop
         self.signature, self.servable = signature, servable
@@ -244,11 +246,15 @@ class Loop:
                 norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.clip_norm or math.inf)
                 measured["grad_norm"] = float(norm)
             measured.update(train_loss=float(loss), train_mean_token_accuracy=float(hits))
-            self._check_finite(measured)
+            if self.run_file.method.needs_gradients:
+                self._check_finite(measured)
             return loss
 
         loss: Any = self.optimizer.step(closure)  # type: ignore[arg-type]  # torch's stubs want a float
         measured["train_loss"] = float(loss)
+        if not math.isfinite(measured["train_loss"]):
+            del measured["train_loss"]  # Of a step that was skipped; there is no such number in JSON.
+        measured.update(self.measured())
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         progress.trained_tokens += trained

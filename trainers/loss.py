@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -45,8 +46,8 @@ class TokenLoss(nn.Module):
             **inputs: ``input_ids`` (B, T) and the model's other inputs.
 
         Returns:
-            Sum of the cross-entropy in nats over the N trained tokens, a float32 scalar; and the number of them
-            whose most likely token is the label, an int64 scalar.
+            Sum of the cross-entropy in nats over the N trained tokens, a float32 scalar (without gradients float64:
+            differences of losses count); and the number of them whose most likely token is the label, an int64 scalar.
         """
         targets_BT = labels[:, 1:]
         trained_BT = targets_BT != IGNORED
@@ -56,7 +57,10 @@ class TokenLoss(nn.Module):
         finally:
             self._rows_BT = None
         targets_N = targets_BT[trained_BT]
-        loss = F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+        if torch.is_grad_enabled():
+            loss = F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+        else:
+            loss = F.cross_entropy(logits_NV.float(), targets_N, reduction="none").sum(dtype=torch.float64)
         hits = (logits_NV.detach().argmax(-1) == targets_N).sum()
         return loss, hits
 

@@ -14,6 +14,7 @@ from core.models.resolve import resolve
 from trainers.config import Run
 from trainers.dtype import resolve_dtype
 from trainers.method import TrainContext
+from trainers.optim import Qzo
 
 _MIB = 2**20
 
@@ -28,7 +29,7 @@ class Plan:
     - weights: every parameter, tied ones once; a linear layer held in NF4 as its codes, scales and tables, which is
       4.127 bits a weight and 1 KiB;
     - gradients: every trained parameter, in its own dtype;
-    - optimizer: every tensor of its state.
+    - optimizer: every tensor of its state; without gradients also the copy that a step goes back by.
 
     The others are upper bounds for batch_size x max_length = N tokens, all of them trained (D width, L layers, F width
     of the MLP, H and K query and key heads of width d, V vocabulary, b bytes an element):
@@ -105,12 +106,7 @@ def plan(run: Run) -> Plan:
     return Plan(
         weights=weights,
         gradients=sum(_size(parameter) for parameter in trained) if run.method.needs_gradients else 0,
-        optimizer=sum(
-            _size(value)
-            for state in attached.optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, torch.Tensor)
-        ),
+        optimizer=_state(attached.optimizer),
         activations=_activations(run, config, tokens, 2 if computed == "bfloat16" else 4),
         logits=12 * tokens * int(config.get_text_config().vocab_size),
         trained_parameters=sum(parameter.numel() for parameter in trained),
@@ -121,6 +117,12 @@ def plan(run: Run) -> Plan:
 
 def _size(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def _state(optimizer: torch.optim.Optimizer) -> int:
+    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    copied = optimizer.copied_bytes if isinstance(optimizer, Qzo) else 0
+    return sum(map(_size, tensors)) + copied
 
 
 def _saved_by_nf4(model: torch.nn.Module) -> int:

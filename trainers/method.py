@@ -30,6 +30,8 @@ class Attached(NamedTuple):
     optimizer: torch.optim.Optimizer
     """Its ``step(closure)`` calls the closure and returns the loss. A step that moves parameters between two calls of
     the closure must move them back when the closure raises."""
+    measured: Callable[[], dict[str, float]] = dict
+    """What the last step measured beside the loss, for its metric event: finite numbers by name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,6 +22,7 @@ _NAMES = (
     "dct_adamw",
     "trion",
     "muon",
+    "mezo",
 )
 
 

@@ -90,7 +90,7 @@ def train(run: Run, reporter: Reporter, stop: StopSignals) -> int:
     card = _card(run, loaded, start)
     loop = Loop(
         run,
-        Attached(attached.model, optimizer.optimizer),
+        Attached(attached.model, optimizer.optimizer, attached.measured),
         loss,
         rows=rows,
         held_out=held_out,

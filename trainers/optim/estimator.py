@@ -29,23 +29,25 @@ class Estimator:
     """
 
     eps: float | None = None
-    """Distance e; None: ``eps_rel`` times the unit m, fixed for the run."""
+    """Distance e, along the noise, of the points whose losses are compared; None: ``eps_rel`` times m, the median size
+    of all elements before the first step."""
     eps_rel: float = 1e-3
-    """Distance in units of m, where ``eps`` is None."""
+    """That distance over m: lower is straighter, until the rounding of losses shows."""
     per: Literal["all", "tensor", "element"] = "all"
-    """Direction u, of the noise z: z alike for all, z times a tensor's own median over m, or z |t| / m."""
+    """How far noise moves an element: alike for all, in proportion to its tensor's median size, or to its own size."""
     noise: Kind = "normal"
-    """Distribution of z; ``rademacher`` is 1 or -1, and a third of the work."""
+    """Distribution of the noise; ``rademacher`` is 1 or -1, and a third of the work."""
     samples: int = 1
-    """Directions a step, whose updates are averaged: each costs ``sides`` losses."""
+    """Directions a step, whose updates are averaged: calmer, at ``sides`` losses each."""
     sides: int = 2
-    """2, or 1: d = (L(t + e u) - L(t)) / e, with one L(t) for all directions of a step."""
+    """Losses a direction: 2, on either side, or 1, with one more at the point itself for all directions of a step."""
     clip: float | None = None
-    """Largest |d| that is applied (with ``normalise``: largest |d| over its mean); None: ``clip_quantile``."""
+    """Largest derivative d of the loss along a direction that is applied, either sign (with ``normalise``: d over the
+    mean of |d|); None: ``clip_quantile``."""
     clip_quantile: float = 0.99
     """The threshold is this quantile of |d| over the last ``window`` derivatives, from the 20th on; 1: no threshold."""
     normalise: bool = False
-    """Apply m d / (mean of |d| over ``window``): the learning rate is then the share of m that a step moves."""
+    """Divide d by the mean of |d| over ``window``: the learning rate is then the share of m that a step moves."""
     window: int = 100
     """Derivatives that quantile and mean look back on."""
     restore: Literal["copy", "additive"] = "copy"

@@ -67,13 +67,14 @@ class Qzo(torch.optim.Optimizer):
         self.on_step: Callable[[Record], None] | None = None
         """Called with each record of a step that has been taken."""
         self._made: Walk | None = None
+        self._last: list[Record] = []
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "scales": scales})
         self.derivatives = Derivatives(self.settings)
         parameters = self.parameters
         first = self.state[parameters[0]]
         first.update(self.derivatives.state)
-        # Not a number until it is measured.
-        first["distance"] = torch.full((2 + len(parameters),), math.nan, dtype=torch.float64, device="cpu")
+        # Distance, unit, and each tensor's own unit; 0 until they are measured.
+        first["distance"] = torch.zeros(2 + len(parameters), dtype=torch.float64, device="cpu")
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -102,7 +103,7 @@ class Qzo(torch.optim.Optimizer):
 
     @property
     def unit(self) -> float:
-        """Median size of all elements before the first step, once prepared; not a number where nothing needs it."""
+        """Median size of all elements before the first step, once prepared; 0 where nothing needs it."""
         return float(self.state[self.parameters[0]]["distance"][1])
 
     @property
@@ -110,6 +111,21 @@ class Qzo(torch.optim.Optimizer):
         """Size of the copy that a step restores from."""
         exact = self.settings.restore == "copy"
         return sum(p.numel() * p.element_size() for p in self.parameters) if exact else 0
+
+    def measured(self) -> dict[str, float]:
+        """What the last step measured, for logs: finite numbers alone, means over its directions."""
+        found = {
+            "loss_plus": [record.loss_plus for record in self._last],
+            "loss_minus": [record.loss_minus for record in self._last],
+            "derivative": [record.d_raw for record in self._last],
+        }
+        finite = {name: values for name, values in found.items() if values and all(map(math.isfinite, values))}
+        means = {name: sum(values) / len(values) for name, values in finite.items()}
+        counts = {
+            "clipped_share": self.clipped / max(1, self.derivatives.count("seen")),
+            "skipped": float(self.skipped),
+        }
+        return means | counts
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group after checking it; see ``torch.optim.Optimizer.add_param_group``.
@@ -146,12 +162,13 @@ class Qzo(torch.optim.Optimizer):
         """
         settings, parameters = self.settings, self.parameters
         distance = self.state[parameters[0]]["distance"]
-        if bool(distance[0].isnan()):
+        if not distance[0]:
             if settings.needs_unit:
                 distance[1] = median_size(parameters)
             if settings.per == "tensor":
                 for number, parameter in enumerate(parameters):
-                    distance[2 + number] = median_size([parameter]) if bool(parameter.any()) else 0.0
+                    if bool(parameter.any()):
+                        distance[2 + number] = median_size([parameter])
             distance[0] = settings.eps_rel * float(distance[1]) if settings.eps is None else settings.eps
         return float(distance[0])
 
@@ -183,6 +200,7 @@ class Qzo(torch.optim.Optimizer):
             self.derivatives.observe(raw, cut)
             records.append(Record(number, seed, raw, applied, lr, plus, minus, cut, direction))
         self._take(walk, records)
+        self._last = records
         if self.on_step is not None:
             for record in records:
                 self.on_step(record)

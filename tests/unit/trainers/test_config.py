@@ -99,6 +99,8 @@ def test_the_setting_at_fault_is_named() -> None:
         ({"epochs": 5, "max_steps": 3}, "epochs"),
         ({"warmup_steps": 3, "warmup_ratio": 0.5}, "warmup_ratio"),
         ({"method": {"name": "lora", "rank": 1, "rslora": True}}, "rslora"),
+        ({"method": "mezo", "clip_norm": 0.5}, "clip_norm has no effect with mezo"),
+        ({"method": "mezo", "activation_checkpointing": True}, "activation_checkpointing has no effect with mezo"),
     ],
 )
 def test_settings_without_effect_warn(settings: dict[str, Any], word: str) -> None:
@@ -106,7 +108,7 @@ def test_settings_without_effect_warn(settings: dict[str, Any], word: str) -> No
 
 
 def test_a_plain_run_does_not_warn() -> None:
-    assert parse_run(LEAST).warnings() == []
+    assert parse_run(LEAST).warnings() == parse_run(LEAST | {"method": "mezo"}).warnings() == []
     assert parse_run(LEAST | {"eval_file": "x", "eval_every": 3, "early_stopping_patience": 2}).warnings() == []
 
 

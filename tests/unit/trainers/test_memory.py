@@ -39,7 +39,7 @@ CONTEXT = TrainContext(learning_rate=1e-3, seed=0, activation_checkpointing=Fals
 def test_weights_gradients_and_optimizer_are_counted_exactly(method: dict[str, Any], make_run: Any) -> None:
     run = make_run(method)
     planned = plan(run)
-    model, optimizer = run.method.attach(load("tiny-llama").model, run.settings, CONTEXT)
+    model, optimizer, _ = run.method.attach(load("tiny-llama").model, run.settings, CONTEXT)
     model(input_ids=torch.tensor([[5, 6, 7]])).logits.sum().backward()
     optimizer.step()
 
@@ -69,6 +69,23 @@ def test_a_four_bit_base_is_planned_as_one(make_run: Any) -> None:
     tables = 4 * (16 + 256 + 1)
     saved = sum(weights * (4 - 4.127 / 8) - tables for weights in linear)
     assert plain.weights - four.weights == pytest.approx(saved, rel=0.001)
+
+
+@pytest.mark.parametrize(("restore", "copies"), [("copy", 1), ("additive", 0)])
+def test_without_gradients_the_copy_is_counted(restore: str, copies: int, make_run: Any) -> None:
+    run = make_run({"name": "mezo", "restore": restore})
+    planned = plan(run)
+    loaded = load("tiny-llama")
+    model, optimizer, _ = run.method.attach(loaded.model, run.settings, CONTEXT)
+    optimizer.step(lambda: model(input_ids=torch.tensor([[5, 6, 7]])).logits.sum())
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    state = [v for values in optimizer.state.values() for v in values.values() if torch.is_tensor(v)]
+    assert planned.weights == weights
+    assert planned.gradients == 0
+    assert planned.optimizer == copies * weights + sum(v.numel() * v.element_size() for v in state)
+    assert planned.trained_parameters == planned.all_parameters
+    saved = optimizer._walk()._saved
+    assert sum(v.numel() * v.element_size() for v in saved) == copies * weights
 
 
 def test_every_method_can_be_planned(make_run: Any) -> None:
