@@ -1,4 +1,4 @@
-"""Prompts become tokens on a thread of their own, so that the batch goes on meanwhile. No torch here.
+"""Prompts become tokens on a thread of their own, so that the batch goes on meanwhile, and vectors are read there.
 
 The tokenizer works outside the interpreter's lock. A prompt that several requests share, as the choices of one request
 do, is encoded once; a request that was cancelled while it waited here is not encoded at all.
@@ -9,12 +9,16 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from service.engines import wire
-from service.engines.base import EngineError, EngineUnavailable, Message, Request
+from service.engines.base import EngineError, EngineUnavailable, Message, Request, Steering
 from service.engines.prompts import encode
+
+if TYPE_CHECKING:
+    from steering.spec import RowSpec
 
 Inbox = queue.SimpleQueue[dict[str, Any]]
 
@@ -25,12 +29,13 @@ class Encoder:
     """Takes ``generate`` messages and puts ``encoded`` ones into the worker's inbox, in the same order.
 
     Args:
-        inbox: of the worker; gets ``{"op": "encoded", "id", "request", "prompt"}``, the prompt being tokens or an
-            error.
+        inbox: of the worker; gets ``{"op": "encoded", "id", "request", "prompt", "spec"}``, the prompt being tokens or
+            an error, the spec its steering with the vectors in it, if it has any.
     """
 
     def __init__(self, inbox: Inbox) -> None:
         self._tokenizer: Any = None
+        self._spec: Callable[[Steering], RowSpec] | None = None
         self._context = 0
         self._inbox = inbox
         self._queue: Inbox = queue.SimpleQueue()
@@ -38,14 +43,15 @@ class Encoder:
         self._cancelled: set[str] = set()
         self._last: tuple[tuple[Message, ...] | str, list[int]] | None = None
 
-    def start(self, tokenizer: Any, context: int) -> None:
+    def start(self, tokenizer: Any, context: int, spec: Callable[[Steering], RowSpec] | None = None) -> None:
         """Encode from now on, as long as the process lives.
 
         Args:
             tokenizer: of the base.
             context: tokens that prompt and answer may have together.
+            spec: reads a request's vectors; called on the encoder's thread only.
         """
-        self._tokenizer, self._context = tokenizer, context
+        self._tokenizer, self._context, self._spec = tokenizer, context, spec
         threading.Thread(target=self._run, daemon=True, name="encoder").start()
 
     def put(self, message: dict[str, Any]) -> None:
@@ -85,18 +91,21 @@ class Encoder:
         """One ``generate`` message's ``encoded`` message; what goes wrong becomes the request's answer."""
         name = message["request"]["id"]
         if name in self._cancelled:
-            return {"op": "encoded", "request": None, "id": name, "prompt": []}
+            return {"op": "encoded", "request": None, "id": name, "prompt": [], "spec": None}
         request = wire.request_from_json(message["request"])
         prompt: list[int] | EngineError
+        spec = None
         try:
             prompt = self._ids(request)
+            if request.steering is not None and self._spec is not None:
+                spec = self._spec(request.steering)
         except EngineError as error:
             prompt = error
         except Exception:  # one request must not end the others
             log.exception("request %s could not be taken", name)
             prompt = EngineUnavailable("The engine could not take the request.")
         # Encoded it is: the text is not needed any more, and may be long.
-        return {"op": "encoded", "request": replace(request, prompt=""), "id": name, "prompt": prompt}
+        return {"op": "encoded", "request": replace(request, prompt=""), "id": name, "prompt": prompt, "spec": spec}
 
     def _ids(self, request: Request) -> list[int]:
         if self._last is not None and self._last[0] == request.prompt:

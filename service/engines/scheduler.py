@@ -24,7 +24,7 @@ from service.engines.prompts import encode, limit
 from service.engines.sampling import choose
 from service.engines.sequence import Sequence, logprobs
 from service.engines.vectors import Vectors, as_engine_error
-from steering.spec import SteeringError
+from steering.spec import RowSpec, SteeringError
 
 log = logging.getLogger("gradhelm.engine")
 
@@ -77,7 +77,7 @@ class Scheduler:
         self._prefill: _Prefill | None = None
         self._cache = model.new_cache(0)
         self._texts = Texts(model.tokenizer)
-        self._vectors = Vectors()
+        self.vectors = Vectors()
 
     @property
     def busy(self) -> bool:
@@ -96,12 +96,13 @@ class Scheduler:
             "steps": self.steps,
         }
 
-    def submit(self, request: Request, prompt: list[int] | None = None) -> None:
+    def submit(self, request: Request, prompt: list[int] | None = None, spec: RowSpec | None = None) -> None:
         """Check a request wholly and put it in the queue.
 
         Args:
             request: for this model's base.
             prompt: its prompt's tokens, where they are known.
+            spec: its steering with the vectors read, where they are.
 
         Raises:
             EngineError: 400, 422 or 429; nothing of the request is kept.
@@ -114,8 +115,8 @@ class Scheduler:
         most = limit(request, len(prompt), self.context, self.limits.default_max_tokens)
         steering = None
         if request.steering is not None:
+            spec = self.vectors.spec(request.steering) if spec is None else spec
             try:
-                spec = self._vectors.spec(request.steering)
                 steering = self.model.steering.open(spec, prompt_length=len(prompt), max_tokens=most)
             except SteeringError as error:
                 raise as_engine_error(error) from None

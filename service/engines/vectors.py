@@ -1,8 +1,9 @@
-"""Steering vectors in memory, known by their content."""
+"""Steering vectors in memory, known by their content; a file that has not changed is not read again."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import OrderedDict
 from pathlib import Path
 
@@ -21,6 +22,7 @@ class Vectors:
     def __init__(self, *, limit: int = 64) -> None:
         self._limit = limit
         self._held: OrderedDict[bytes, SteeringVector] = OrderedDict()
+        self._read: OrderedDict[str, tuple[tuple[int, ...], bytes]] = OrderedDict()  # path: its file as it was, its key
 
     def spec(self, steering: Steering) -> RowSpec:
         """The row's spec, with its vectors read.
@@ -32,10 +34,13 @@ class Vectors:
             The spec; whether it fits the model is not checked here.
 
         Raises:
-            EngineError: 400 if a file cannot be read or is no vector.
+            EngineError: 400 if a file cannot be read or is no vector, 400 or 422 if the terms cannot be.
         """
-        terms = tuple(Term(self.read(t.path), t.strength, t.layers, t.positions) for t in steering.terms)
-        return RowSpec(terms, steering.preserve_norm)
+        try:
+            terms = tuple(Term(self.read(t.path), t.strength, t.layers, t.positions) for t in steering.terms)
+            return RowSpec(terms, steering.preserve_norm)
+        except SteeringError as error:
+            raise as_engine_error(error) from None
 
     def read(self, path: str) -> SteeringVector:
         """One vector.
@@ -44,25 +49,35 @@ class Vectors:
             path: its file.
 
         Returns:
-            The vector, from memory if a file with these bytes was read before.
+            The vector, from memory if the file is as it was, or one with its bytes was read before.
 
         Raises:
             EngineError: 400 if it cannot be read or is no vector.
         """
         try:
-            data = Path(path).read_bytes()
+            found = os.stat(path)
+            state = (found.st_ino, found.st_mtime_ns, found.st_size)
+            before, key = self._read.get(path, ((), b""))
+            if before != state or key not in self._held:
+                key = self._load(Path(path).read_bytes())
         except OSError:
             raise BadRequest("vector_not_found", f"The vector {Path(path).stem} is gone.", param="steering") from None
+        self._read[path] = state, key
+        self._read.move_to_end(path)
+        self._held.move_to_end(key)
+        for held in (self._read, self._held):
+            while len(held) > self._limit:
+                held.popitem(last=False)
+        return self._held[key]
+
+    def _load(self, data: bytes) -> bytes:
         key = hashlib.sha256(data).digest()
         if key not in self._held:
             try:
                 self._held[key] = SteeringVector.from_bytes(data)
             except VectorError as error:
                 raise BadRequest("vector_not_usable", f"The vector cannot be used: {error}", param="steering") from None
-        self._held.move_to_end(key)
-        while len(self._held) > self._limit:
-            self._held.popitem(last=False)
-        return self._held[key]
+        return key
 
 
 def as_engine_error(error: SteeringError) -> EngineError:

@@ -1,7 +1,8 @@
 """The engine's process: ``python -m service.engines.worker FD PARENT_PID OPTIONS``, started by ``transformers_engine``.
 
 The main thread runs the batch. A second thread reads requests and cancellations from the socket, so that they are seen
-between two steps, and ends the process at once when the parent is gone. A third makes tokens of the requests' prompts.
+between two steps, and ends the process at once when the parent is gone. A third makes tokens of the requests' prompts
+and reads their vectors.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def take(scheduler: Scheduler, encoder: Encoder, message: dict[str, Any], events
     try:
         if isinstance(prompt, EngineError):
             raise prompt
-        scheduler.submit(request, prompt)
+        scheduler.submit(request, prompt, message["spec"])
     except EngineError as error:
         events.append((request.id, error))
     except Exception:  # one request must not end the others
@@ -143,7 +144,7 @@ def main(argv: list[str]) -> None:
         raise
     ready = {"op": "ready", "context": scheduler.context, "token_bytes": scheduler.model.token_bytes}
     connection.sendall(wire.frame(ready))
-    encoder.start(scheduler.model.tokenizer, scheduler.context)
+    encoder.start(scheduler.model.tokenizer, scheduler.context, scheduler.vectors.spec)
     serve(scheduler, connection, encoder, inbox)
 
 
