@@ -10,6 +10,7 @@ import signal
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -214,6 +215,14 @@ async def test_a_pull_that_is_left_ends_with_all_its_processes(tmp_path: Path, m
     script.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {written}.part; mv {written}.part {written}; wait\n")
     script.chmod(0o755)
     monkeypatch.setattr(pulling, "sys", SimpleNamespace(executable=str(script)))
+    started: list[asyncio.subprocess.Process] = []
+    start = asyncio.create_subprocess_exec
+
+    async def watched(*command: str, **more: Any) -> asyncio.subprocess.Process:
+        started.append(await start(*command, **more))
+        return started[0]
+
+    monkeypatch.setattr(pulling.asyncio, "create_subprocess_exec", watched)
     draining = Draining(1.0)
     work = asyncio.create_task(pulling.pull("tiny-llama", tmp_path, draining))
     while not written.exists():
@@ -222,6 +231,7 @@ async def test_a_pull_that_is_left_ends_with_all_its_processes(tmp_path: Path, m
     draining.begin()
     with pytest.raises(APIError, match="pull again"):
         await asyncio.wait_for(work, 10)
+    assert started[0].returncode == -signal.SIGKILL, "it is over when the answer goes out"
     status = Path(f"/proc/{written.read_text().strip()}/stat")
     for _ in range(500):
         if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":

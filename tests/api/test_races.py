@@ -103,3 +103,7 @@ async def test_what_is_asked_for_wakes_the_scheduler(app: FastAPI, client: httpx
     assert made.status_code == 200 and calls == ["wake"], "a new job waits for no poll"
     route = f"/v1/fine_tuning/jobs/{made.json()['id']}"
     assert (await client.post(f"{route}/cancel")).status_code == 200 and calls == ["wake", "wake"]
+    pairs = (await upload(client, purpose="steering")).json()["id"]
+    calls.clear()
+    fit = await client.post("/v1/steering/vectors", json={"model": base, "training_file": pairs})
+    assert fit.status_code == 200 and calls == ["wake"]
