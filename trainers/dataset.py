@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING
 
 from core.data.chat import encode
 from core.data.example import Example
-from core.data.source import DataError, rows
+from core.data.source import DataError, rows, scan
 from trainers.errors import RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+NAMED = 20
+"""Bad rows that an error names; all are counted."""
 
 
 def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length: int, param: str) -> list[Example]:
@@ -36,7 +40,7 @@ def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length:
     try:
         examples = [encode(row, tokenizer, max_length=max_length) for row in rows(path)]
     except DataError as error:
-        raise RunError(f"{param}: {error}", code=error.problems[0].code, param=param) from error
+        raise RunError(f"{param}: {_told(path)}", code=error.problems[0].code, param=param) from error
     except ValueError as error:
         raise RunError(f"{param}: {error}", code="invalid_row", param=param) from error
     if not examples:
@@ -51,6 +55,16 @@ def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length:
             param=param,
         )
     return examples
+
+
+def _told(path: Path) -> str:
+    """All that is wrong with a file, a line for each row up to ``NAMED``; the code of the first is the error's own."""
+    found = scan(path, max_problems=NAMED)
+    told = [f"{'' if one.line is None else f'line {one.line}: '}{one.message}" for one in found.problems]
+    if len(told) == 1 and found.problem_count == 1:
+        return told[0]
+    more = [f"and {found.problem_count - len(told)} more"] if found.problem_count > len(told) else []
+    return "\n  ".join([f"{found.problem_count} problems", *told, *more])
 
 
 def file_digest(path: Path) -> str:

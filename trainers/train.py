@@ -77,6 +77,8 @@ def train(run: Run, reporter: Reporter, stop: StopSignals) -> int:
     if (origin := _started_from(run, start)) is not None:
         how = "" if start is None else "; its adapter " + ("goes on" if method.makes == "adapter" else "is merged")
         reporter.message("info", f"starting from {origin}{how}")
+    if config.eval_file and _JOB not in os.environ:
+        reporter.message("info", f"held-out rows: {len(held_out)} of {config.eval_file}{_foreign(run)}")
     for warning in run.warnings():
         reporter.message("warn", warning)
 
@@ -130,6 +132,13 @@ def train(run: Run, reporter: Reporter, stop: StopSignals) -> int:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return SUCCEEDED
+
+
+def _foreign(run: Run) -> str:
+    """A hint where the training file is the user's own, and the held-out one still that of the run file."""
+    if run.origin["train_file"] == "command line" and run.origin["eval_file"] != "command line":
+        return ", the run file's: eval_file=null, or a file of your own, suits your train_file better"
+    return ""
 
 
 def _attach(run: Run, loaded: Loaded, accelerator: Accelerator) -> Attached:
