@@ -257,7 +257,9 @@ def _nf4(compute: Any) -> Any:
     import importlib.util
 
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("quant bnb-nf4 needs bitsandbytes, which is not installed: pip install gradhelm[bnb]")
+        raise ValueError(
+            "quant bnb-nf4 needs bitsandbytes, which is not installed: pip install -c constraints.txt -e '.[bnb]'"
+        )
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

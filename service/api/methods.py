@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,13 @@ def check(
         run = parse_run({**content, "method": method})
     except (ConfigError, ValueError) as error:
         raise _refused(error, hyperparameters, where, start) from None
+    if run.method.quant(run.settings) == "bnb-nf4" and find_spec("bitsandbytes") is None:
+        raise bad_request(
+            "base bnb-nf4 needs bitsandbytes, which this server's environment does not have: its administrator "
+            "installs it with `pip install -c constraints.txt -e '.[bnb]'`; base none trains without it.",
+            param=f"{where}.base",
+            code="extra_not_installed",
+        )
     asked = {key: value for key, value in hyperparameters.items() if value is not None}
     fixed = {key: value for key, value in run.as_dict()["method"].items() if run.origin[f"method.{key}"] == "start"}
     return {**dict.fromkeys(OPENAI, AUTO), **fixed, **asked}

@@ -30,6 +30,8 @@ class Target:
 
     base: Path
     adapter: Path | None = None
+    own_weights: bool = False
+    """Whether a job made the base: no vector can be fitted on it."""
 
 
 def base_ref(name: str) -> ModelRef:
@@ -87,7 +89,7 @@ def target(db: Database, home: Path, name: str) -> Target:
         APIError: 404 when there is no such model, or retention removed the checkpoint.
     """
     found = origin(db, home, name)
-    return Target(found.weights or base_directory(found.base, home), found.adapter)
+    return Target(found.weights or base_directory(found.base, home), found.adapter, found.weights is not None)
 
 
 def origin(db: Database, home: Path, name: str) -> Origin:
@@ -154,10 +156,13 @@ def check_base(db: Database, home: Path, name: str) -> None:
     if not name.startswith("ft:"):
         base_directory(name, home)
         return
-    base = _made(db, name)[1]
-    message = (
-        f"The model {name[:200]!r} is a tuned one, and vectors are fitted on base models only. Its base is {base!r}: "
-        "give that as the model; the vector steers adapters on it too."
+    kind, base, _, job = _made(db, name)
+    own = kind == "merged" or (job is not None and job.start_kind in ON_TUNED)
+    message = f"The model {name[:200]!r} is a tuned one, and vectors are fitted on base models only. " + (
+        f"It has whole weights of its own, so it cannot be steered, nor can a vector of its base {base!r} steer it: "
+        "tune with lora to have a model that can."
+        if own
+        else f"Its base is {base!r}: give that as the model; the vector steers adapters on it too."
     )
     raise bad_request(message, param="model", code="base_model_required")
 
@@ -220,8 +225,10 @@ def _term(index: int, use: VectorUse, row: Vector | None, model: Target) -> Stee
         message = f"No such steering vector: {use.id[:100]!r}. GET /v1/steering/vectors lists them."
         raise APIError(404, message, code="vector_not_found", param=f"{param}.id")
     if row.fingerprint != identity(model.base):
-        message = (
-            f"The vector {row.id} belongs to {row.base}, not to the weights of this model. Fit one for this model."
+        message = f"The vector {row.id} belongs to {row.base}, not to the weights of this model. " + (
+            "This model has whole weights of its own, and such cannot be steered; adapters (lora) on a base can."
+            if model.own_weights
+            else "Fit one for this model's base."
         )
         raise bad_request(message, param=f"{param}.id", code="steering_wrong_model")
     if use.layers is not None:

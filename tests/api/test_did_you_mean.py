@@ -9,6 +9,7 @@ import pytest
 from fastapi import FastAPI
 
 from core.models.catalog import CATALOG
+from service.api import methods
 from service.db.engine import write
 from service.db.tables import Model
 from service.security import keys
@@ -47,6 +48,16 @@ async def test_methods_and_hyperparameters(
 ) -> None:
     message = said(await create(client, base, method=method), 400, code)
     assert f"; did you mean {meant}? These exist: " in message
+
+
+async def test_a_package_that_the_server_lacks_is_told_at_once(
+    client: httpx.AsyncClient, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "find_spec", lambda name: None)
+    method = {"type": "lora", "lora": {"hyperparameters": {"base": "bnb-nf4"}}}
+    answer = await create(client, base, method=method)
+    assert "pip install -c constraints.txt -e '.[bnb]'" in said(answer, 400, "extra_not_installed")
+    assert answer.json()["error"]["param"] == "method.lora.hyperparameters.base"
 
 
 async def test_a_name_that_is_near_nothing_gets_the_list_alone(client: httpx.AsyncClient, base: str) -> None:

@@ -20,7 +20,7 @@ from service.api import pulling
 from service.api.drain import Draining
 from service.api.errors import APIError
 from service.db.engine import write
-from service.db.tables import Checkpoint, Model
+from service.db.tables import Checkpoint, Model, Vector
 from service.settings import Settings
 from tests.api.test_follow import make_job
 
@@ -192,7 +192,8 @@ async def test_a_vector_on_a_tuned_model_is_told_the_base(
         assert answer.status_code == 404 and error["code"] == "model_not_found"
     else:
         assert answer.status_code == 400 and error["code"] == "base_model_required"
-        assert f"Its base is {base!r}" in error["message"] and name in error["message"]
+        advice = f"of its base {base!r} steer it" if kind == "merged" else f"Its base is {base!r}: give that"
+        assert advice in error["message"] and name in error["message"]
 
 
 async def test_a_merged_model_is_its_own_base(
@@ -203,6 +204,27 @@ async def test_a_merged_model_is_its_own_base(
     assert (await client.post("/v1/completions", json=body)).status_code == 200
     asked = app.state.engine.requests[-1]
     assert (asked.base, asked.adapter) == (str(folder), None)
+
+
+async def test_whole_weights_are_said_not_to_be_steerable(
+    app: FastAPI, client: httpx.AsyncClient, settings: Settings, base: str
+) -> None:
+    name, folder = put_model(app, settings.home, kind="merged")
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes((settings.home / "models" / base / "model.safetensors").read_bytes())
+    row = Vector(
+        id="vec_1", name="v", source="fit", base=base, fingerprint="sha256:0", site="block", method="m", layers=[0],
+        path="/gone", bytes=1, sha256="", created_at=1, metadata_={},
+    )  # fmt: skip
+    with write(app.state.db) as session:
+        session.add(row)
+    messages = [{"role": "user", "content": "x"}]
+    steering = {"vectors": [{"id": "vec_1", "strength": 1.0}]}
+    for model, says in ((name, "such cannot be steered"), (base, "Fit one for this model's base.")):
+        body = {"model": model, "messages": messages, "steering": steering}
+        answer = await client.post("/v1/chat/completions", json=body)
+        assert answer.json()["error"]["code"] == "steering_wrong_model", answer.text
+        assert says in answer.json()["error"]["message"]
 
 
 async def test_pulling_what_is_here_answers_at_once(client: httpx.AsyncClient, base: str) -> None:
