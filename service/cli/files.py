@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +30,23 @@ def upload_file(client: Client, path: Path, purpose: str = "fine-tune") -> str:
     return identifier
 
 
+def same_upload(client: Client, path: Path, purpose: str) -> str | None:
+    """The oldest file of the server with the bytes, name and purpose of a local one: the same at every look."""
+    size = path.stat().st_size
+    known = client.list("/v1/files", limit=10_000, purpose=purpose)
+    alike = [row["id"] for row in known if row.get("bytes") == size and row.get("filename") == path.name]
+    with path.open("rb") as file:
+        wanted = hashlib.file_digest(file, "sha256").digest()
+    for identifier in reversed(alike):
+        digest = hashlib.sha256()
+        with client.stream("GET", f"/v1/files/{segment(identifier)}/content") as response:
+            for chunk in response.iter_bytes():
+                digest.update(chunk)
+        if digest.digest() == wanted:
+            return str(identifier)
+    return None
+
+
 def file_id(client: Client, given: str, purpose: str = "fine-tune") -> str:
     """The id of a data file named by id or by local path; a path is uploaded first.
 
@@ -43,7 +61,7 @@ def file_id(client: Client, given: str, purpose: str = "fine-tune") -> str:
 
 
 @contextmanager
-def data_files(client: Client, purpose: str = "fine-tune") -> Iterator[Callable[[str], str]]:
+def data_files(client: Client, purpose: str = "fine-tune", *, reuse: bool = False) -> Iterator[Callable[[str], str]]:
     """``file_id`` for the data of one request: what it uploads is deleted again when the request is refused.
 
     Nothing is deleted where the server may have taken the request: no answer came, or one of its own failures.
@@ -51,6 +69,7 @@ def data_files(client: Client, purpose: str = "fine-tune") -> Iterator[Callable[
     Args:
         client: the server.
         purpose: what the files are for.
+        reuse: name a file that the server has already instead of uploading the same bytes once more.
 
     Yields:
         Callable[[str], str]: from an id or a path to an id.
@@ -58,6 +77,11 @@ def data_files(client: Client, purpose: str = "fine-tune") -> Iterator[Callable[
     uploaded: list[str] = []
 
     def resolve(given: str) -> str:
+        path = Path(given).expanduser()
+        known = same_upload(client, path, purpose) if reuse and path.is_file() else None
+        if known is not None:
+            note(f"{path} is there already as {known}")
+            return known
         identifier = file_id(client, given, purpose)
         if identifier != given:
             uploaded.append(identifier)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import uuid
 from collections.abc import Iterable
@@ -30,6 +31,7 @@ COLUMNS = {
     "trained_tokens": "tokens",
     "created_at": "created",
 }
+_SUFFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 Retry = Annotated[float, typer.Option("--retry-for", min=0, help="Seconds to wait for a server that does not answer.")]
 
 
@@ -95,7 +97,11 @@ def create(
     ] = None,
     idempotency_key: Annotated[
         str | None,
-        typer.Option("--idempotency-key", help="Same key, same job, however often it is sent.", show_default=False),
+        typer.Option(
+            "--idempotency-key",
+            help="Same key, same job: a path is then not uploaded anew where its bytes are.",
+            show_default=False,
+        ),
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Then watch it to its end.")] = False,
     url: Url = DEFAULT_URL,
@@ -103,9 +109,13 @@ def create(
     as_json: AsJson = False,
 ) -> None:
     """Start a job and print its id."""
+    if suffix is not None and not _SUFFIX.fullmatch(suffix):
+        raise UsageProblem(
+            f"--suffix {suffix!r}: 1 to 64 letters, digits, dots, hyphens and underscores, the first no sign: my-model."
+        )
     method_settings, notes = hyperparameters(settings), pairs(metadata, "--metadata")
     with Client(url, key) as client:
-        with data_files(client) as file_id:
+        with data_files(client, reuse=idempotency_key is not None) as file_id:
             body: dict[str, Any] = {
                 "model": model,
                 "training_file": file_id(training_file),
