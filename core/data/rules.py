@@ -133,6 +133,12 @@ class Checker:
         return row if len(self.problems) == before else None
 
 
+_EXAMPLE = (
+    '; a row is one JSON object on one line, like {"messages": [{"role": "user", "content": "..."}, '
+    '{"role": "assistant", "content": "..."}]}'
+)
+
+
 class _RepeatedKeyError(ValueError):
     pass
 
@@ -171,7 +177,7 @@ class _OneRow:
             self.fail("invalid_json", f"byte {error.start + 1} of the line is not UTF-8")
             return None
         except json.JSONDecodeError as error:
-            self.fail("invalid_json", f"{error.msg} at column {error.colno}")
+            self.fail("invalid_json", f"{error.msg} at column {error.colno}{_EXAMPLE if data[:1] not in b'{[' else ''}")
             return None
         except (ValueError, RecursionError) as error:
             self.fail("invalid_json", str(error)[:200])
@@ -186,6 +192,9 @@ class _OneRow:
         if {"positive", "negative"} <= value.keys() and value.keys().isdisjoint({"messages", "completion"}):
             code = "missing_completion" if "prompt" in value else "missing_messages_list"
             self.fail(code, "this looks like a steering pair: fit a vector to such rows with `gradhelm vectors fit`")
+            return None
+        if (hint := _foreign(value)) is not None:
+            self.fail("missing_messages_list", hint)
             return None
         has_pair = "prompt" in value or "completion" in value
         if "messages" in value and has_pair:
@@ -293,6 +302,23 @@ class _OneRow:
             self.fail("invalid_text", f"{where} has a NUL at character {text.index(chr(0)) + 1}")
             return False
         return True
+
+
+def _foreign(value: dict[str, Any]) -> str | None:
+    """How to write a row of two widespread formats that are not read here."""
+    if not value.keys().isdisjoint({"messages", "prompt", "completion"}):
+        return None
+    if "conversations" in value:
+        return (
+            "this looks like a ShareGPT row: rename `conversations` to `messages`, in each `from` to `role` (human is "
+            "user, gpt is assistant) and `value` to `content`"
+        )
+    if {"instruction", "output"} <= value.keys():
+        return (
+            "this looks like an Alpaca row: write messages, a user's with the instruction and its input, and an "
+            "assistant's with the output"
+        )
+    return None
 
 
 def _kind_of(value: Any) -> str:

@@ -58,7 +58,7 @@ def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
             raise ValueError(f"{path.name}: not a safetensors file ({size} bytes)")
         length = int.from_bytes(prefix, "little")
         if length > min(MAX_HEADER, size - 8):
-            raise ValueError(f"{path.name}: the header claims {length} bytes, the file has {size}")
+            raise ValueError(f"{path.name}: not a safetensors file, or cut short: its beginning is not that of one")
         raw = file.read(length)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)

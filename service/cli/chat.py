@@ -21,7 +21,11 @@ def parse_vector(text: str) -> dict[str, Any]:
     if len(pieces) not in {2, 3} or not pieces[0]:
         raise UsageProblem(f"--vector {text!r}: write ID:STRENGTH or ID:STRENGTH:LAYERS, like vec_abc:1.5:16.")
     try:
-        term: dict[str, Any] = {"id": pieces[0], "strength": float(pieces[1])}
+        strength = float(pieces[1])
+    except ValueError:
+        raise UsageProblem(f"--vector {text!r}: the strength {pieces[1]!r} is no number; write one like 1.5.") from None
+    try:
+        term: dict[str, Any] = {"id": pieces[0], "strength": strength}
         if len(pieces) == 3:
             term["layers"] = parse_layers(pieces[2])
     except ValueError as error:

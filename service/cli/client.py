@@ -19,6 +19,13 @@ from service.cli.errors import CliError, ServerGone, ServerRefused, UsageProblem
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 # A first chat may wait for the engine to load its model; listing never takes that long.
 PATIENCE = 600.0
+_COMMANDS = {
+    "GET /v1/models": "gradhelm models list",
+    "GET /v1/files": "gradhelm files list",
+    "GET /v1/fine_tuning/jobs": "gradhelm jobs list",
+    "GET /v1/steering/vectors": "gradhelm vectors list",
+}
+"""What the server's messages name, as a user of the command line knows it."""
 CONNECT_SECONDS = 5.0
 
 
@@ -245,6 +252,8 @@ class Client:
             message, code, param = str(detail["message"]), detail.get("code"), detail.get("param")
         except (ValueError, KeyError, TypeError, AttributeError):
             message, code, param = f"{self.url} answered {response.status_code} {response.reason_phrase}.", None, None
+        for route, command in _COMMANDS.items():
+            message = message.replace(f"{route} lists", f"`{command}` lists")
         if param and param not in message:
             message += f" (parameter: {param})"
         if code:

@@ -42,7 +42,7 @@ def watch(client: Client, job_id: str, *, as_json: bool, retry_for: float = foll
 def _say_what_next(client: Client, job: dict[str, Any]) -> None:
     model, vector = job.get("fine_tuned_model"), job.get("vector")
     if model:
-        note(f'next: `gradhelm chat --model {model} "Hello"`')
+        note(f"next: `gradhelm chat --model {model} --system '<from the training file>' --temperature 0 \"Hello\"`")
     elif vector:
         try:
             layers = client.get(f"/v1/steering/vectors/{segment(vector)}").get("layers") or []

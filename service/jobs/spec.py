@@ -62,8 +62,16 @@ def resolve(asked: Mapping[str, Any], rows: int) -> dict[str, Any]:
     Returns:
         Hyperparameters to show and to run with.
     """
+    # Beside max_steps the number of epochs has no effect: it stays "auto" unless it was asked for.
     values = {"n_epochs": auto_epochs(rows), "batch_size": auto_batch_size(rows), "learning_rate_multiplier": 1.0}
-    return {**asked, **{key: value for key, value in values.items() if asked.get(key, AUTO) == AUTO}}
+    return {
+        **asked,
+        **{
+            key: value
+            for key, value in values.items()
+            if asked.get(key, AUTO) == AUTO and not (key == "n_epochs" and asked.get("max_steps"))
+        },
+    }
 
 
 def max_length(job: Job) -> int:
@@ -153,6 +161,8 @@ def run_file(job: Job, home: Path, threads: int) -> dict[str, Any]:
         content["start"] = str(names.start_directory(home, job.id))
     method: dict[str, Any] = {"name": job.method}
     for key, value in job.resolved.items():
+        if value == AUTO and key in _OPENAI:
+            continue
         if key == "batch_size":
             content["batch_size"] = _micro_batch(int(value), job.resolved)
             content["accumulation"] = int(value) // content["batch_size"] * int(job.resolved.get("accumulation", 1))

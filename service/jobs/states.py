@@ -42,6 +42,15 @@ ACTIVE = frozenset({"running", "pausing", "cancelling"})
 """States with a lease, in which processes may exist (``validating_files`` has a lease while its process lives)."""
 
 
+_WISHES = {
+    "queued": "be resumed",
+    "pausing": "be paused",
+    "paused": "be paused",
+    "cancelling": "be cancelled",
+    "cancelled": "be cancelled",
+}
+
+
 class IllegalTransition(ValueError):
     """A status change that the state machine does not allow."""
 
@@ -54,8 +63,8 @@ class IllegalTransition(ValueError):
             wanted: the status asked for.
         """
         allowed = ", ".join(sorted(TRANSITIONS[current]))
-        why = f"; from here it can become {allowed}" if allowed else ": it is over, and its state no longer changes"
-        super().__init__(f"job {job_id} is {current} and cannot become {wanted}{why}")
+        why = f"; from here it can become {allowed}" if allowed else ": it is over"
+        super().__init__(f"job {job_id} is {current} and cannot {_WISHES.get(wanted, f'become {wanted}')}{why}")
         self.job_id, self.current, self.wanted = job_id, current, wanted
 
 

@@ -134,4 +134,4 @@ async def test_a_job_that_is_over_is_said_to_be_over(app: FastAPI, client: httpx
     job = make_job(app.state.store)
     app.state.store.transition(job, "validating_files", "failed", values={"error_code": "bad_data"})
     message = (await client.post(f"/v1/fine_tuning/jobs/{job}/resume")).json()["error"]["message"]
-    assert message == f"job {job} is failed and cannot become queued: it is over, and its state no longer changes."
+    assert message == f"job {job} is failed and cannot be resumed: it is over."

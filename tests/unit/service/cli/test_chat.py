@@ -80,3 +80,8 @@ def test_json_is_the_whole_answer(run: Run, script: Script) -> None:
 
 def test_preserving_a_norm_without_a_vector_is_wrong_usage(run: Run) -> None:
     assert run("chat", "--model", "m", "--preserve-norm", "Hi").code == 2
+
+
+def test_a_strength_that_is_no_number_is_named(run: Run) -> None:
+    said = run("chat", "--model", "m", "--vector", "vec_a:abc", "hello").err
+    assert "the strength 'abc' is no number" in said and "float" not in said

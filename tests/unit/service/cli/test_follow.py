@@ -112,7 +112,8 @@ def test_after_a_success_the_next_command_is_told(run: Run, script: Script) -> N
     script.on(f"GET {JOB}", job("succeeded", fine_tuned_model="ft:x"))
     script.on(f"GET {JOB}/events", events(1))
     create = ("jobs", "create", "--model", "m", "--file", "file-1", "--follow", "--url", script.url)
-    assert 'next: `gradhelm chat --model ft:x "Hello"`' in run(*create).err
+    told = run(*create).err
+    assert "next: `gradhelm chat --model ft:x --system '<from the training file>' --temperature 0 \"Hello\"`" in told
     assert "next:" not in run(*create, "--json").err
     script.on(f"GET {JOB}", job("failed", fine_tuned_model=None))
     assert "next:" not in run(*create).err

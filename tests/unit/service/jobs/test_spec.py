@@ -86,3 +86,11 @@ def test_commands() -> None:
 def test_write_run_replaces_at_once(tmp_path: Path) -> None:
     folder = spec.write_run(job(), tmp_path, 1)
     assert sorted(path.name for path in folder.iterdir()) == ["run.yaml"]
+
+
+@pytest.mark.parametrize("asked", ["auto", 4])
+def test_beside_max_steps_only_epochs_that_were_asked_for_are_warned_of(tmp_path: Path, asked: object) -> None:
+    resolved = spec.resolve({"n_epochs": asked, "batch_size": "auto", "max_steps": 2}, 150)
+    assert resolved["n_epochs"] == asked
+    run = parse_run(spec.run_file(job(resolved=resolved), tmp_path, 1))
+    assert any("epochs has no effect" in warning for warning in run.warnings()) == (asked == 4)
