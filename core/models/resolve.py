@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from core.home import home as default_home
-from core.models import catalog, policy
+from core.models import catalog, lock, policy
 from core.models.lock import once
 from core.models.ref import ModelRef, parse_ref
 
@@ -18,6 +18,8 @@ HUB_PATTERNS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "tokenizer.model", "chat_template.jinja", "LICENSE*"),
 )
+_COMMIT = ".of-commit"
+"""In a snapshot on its way: what its files belong to."""
 
 
 def local_directory(ref: ModelRef | str, home: Path | None = None) -> Path | None:
@@ -37,6 +39,20 @@ def local_directory(ref: ModelRef | str, home: Path | None = None) -> Path | Non
     parsed = parse_ref(ref) if isinstance(ref, str) else ref
     directory = _directory(parsed, home or default_home())
     return directory if directory is not None and (directory / "config.json").is_file() else None
+
+
+def arriving(ref: ModelRef, home: Path) -> int:
+    """Bytes of a catalog model or a Hub snapshot that is on its way.
+
+    Args:
+        ref: a reference.
+        home: the data folder.
+
+    Returns:
+        How much of it is here by now; it may shrink, too. 0 for what is not on its way.
+    """
+    directory = _directory(ref, home)
+    return 0 if directory is None else lock.arriving(directory)
 
 
 def available(home: Path | None = None) -> list[str]:
@@ -118,23 +134,52 @@ def _snapshot(ref: ModelRef, home: Path) -> Path:
     Tests run it against a small server on the loopback, never against the real Hub.
     """
     endpoint = policy.check_endpoint(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     directory = _directory(ref, home)
     assert directory is not None
-    with once(directory) as fresh:
+    with once(directory, keep=True) as fresh:
         if fresh is not None:
-            patterns = list(HUB_PATTERNS)
             try:
-                snapshot_download(
-                    ref.name, revision=ref.revision, local_dir=fresh, allow_patterns=patterns, endpoint=endpoint
-                )
-            except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+                _download(ref, fresh, endpoint)
+            except Exception as error:  # of the Hub's client, which changes its HTTP library
                 raise ValueError(f"could not download {ref} from {endpoint}: {error}") from error
-            shutil.rmtree(fresh / ".cache", ignore_errors=True)
-            policy.check_directory(fresh)
+            for made in (".cache", _COMMIT):
+                _remove(fresh / made)
+            try:
+                policy.check_directory(fresh)
+            except ValueError:
+                shutil.rmtree(fresh)
+                raise
     return directory
+
+
+def _download(ref: ModelRef, folder: Path, endpoint: str) -> None:
+    """Fetches what is not in the folder yet: files that arrived whole stay, as long as they are of the same commit.
+
+    They are trusted within one boot of the machine only, since a power cut may leave less than was written.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.utils import filter_repo_objects
+
+    info = HfApi(endpoint=endpoint).model_info(ref.name, revision=ref.revision or "main")
+    belongs = f"{info.sha} {Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()}"
+    note = folder / _COMMIT
+    if not note.is_file() or note.read_text(encoding="ascii") != belongs:
+        for left in folder.iterdir():
+            _remove(left)
+        note.write_text(belongs, encoding="ascii")
+    patterns = list(HUB_PATTERNS)
+    snapshot_download(ref.name, revision=info.sha, local_dir=folder, allow_patterns=patterns, endpoint=endpoint)
+    wanted = filter_repo_objects((file.rfilename for file in info.siblings or ()), allow_patterns=patterns)
+    missing = [name for name in wanted if not (folder / name).is_file()]
+    if missing:  # without the Hub the client takes a folder for what should be in it
+        raise ValueError(f"{', '.join(missing[:5])} did not arrive; pull again")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _converted(file: Path, home: Path) -> Path:

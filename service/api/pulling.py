@@ -10,19 +10,21 @@ import json
 import os
 import signal
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from core.models.ref import parse_ref
-from core.models.resolve import local_directory
+from core.models.ref import ModelRef, parse_ref
+from core.models.resolve import arriving, local_directory
 from service.api.drain import Draining
 from service.api.errors import APIError, bad_request, busy
 from service.log import logger
 
 log = logger(__name__)
-SECONDS = 3600.0
-"""Longest pull."""
+SILENT_SECONDS = 1800.0
+"""A pull of which nothing arrives for so long is ended; one that goes on may take as long as it does."""
+_LOOK_SECONDS = 5.0
 
 
 async def pull(name: str, home: Path, draining: Draining) -> str:
@@ -31,7 +33,7 @@ async def pull(name: str, home: Path, draining: Draining) -> str:
     Args:
         name: A catalog name or ``org/name[@revision]``.
         home: The data folder.
-        draining: A stopping server ends the child; a later pull goes on from what is there.
+        draining: A stopping server ends the child; a later pull of a Hub model keeps the files that arrived whole.
 
     Returns:
         The name under which the model can be used.
@@ -49,7 +51,7 @@ async def pull(name: str, home: Path, draining: Draining) -> str:
         raise bad_request(message, param="model", code="invalid_model")
     if await asyncio.to_thread(local_directory, ref, home) is not None:
         return str(ref)
-    answer = await _child(str(ref), home, draining)
+    answer = await _child(ref, home, draining)
     if answer.get("ok"):
         return str(ref)
     refused = answer.get("kind") == "refused"
@@ -57,7 +59,8 @@ async def pull(name: str, home: Path, draining: Draining) -> str:
     raise APIError(400 if refused else 502, message, code="model_refused" if refused else "pull_failed", param="model")
 
 
-async def _child(name: str, home: Path, draining: Draining) -> dict[str, Any]:
+async def _child(ref: ModelRef, home: Path, draining: Draining) -> dict[str, Any]:
+    name = str(ref)
     environment = {**os.environ, "GRADHELM_HOME": str(home), "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -73,10 +76,15 @@ async def _child(name: str, home: Path, draining: Draining) -> dict[str, Any]:
     work = asyncio.create_task(process.communicate())
     stop = asyncio.create_task(draining.begun.wait())
     try:
-        await asyncio.wait((work, stop), timeout=SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        here, since = -1, time.monotonic()
+        while not work.done() and not stop.done() and time.monotonic() - since < SILENT_SECONDS:
+            await asyncio.wait((work, stop), timeout=_LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            before, here = here, await asyncio.to_thread(arriving, ref, home)
+            since = since if here == before else time.monotonic()
         if not work.done():
-            reason = "The server is stopping" if stop.done() else "The pull took too long"
-            raise busy(f"{reason}; pull again, it goes on from what is there.", seconds=5, code="pull_interrupted")
+            reason = "The server is stopping" if stop.done() else "Nothing has arrived for half an hour"
+            kept = "files of a Hub model that have arrived whole are kept"
+            raise busy(f"{reason}; pull again: {kept}.", seconds=5, code="pull_interrupted")
         out, err = work.result()
     finally:
         stop.cancel()

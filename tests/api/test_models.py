@@ -263,6 +263,26 @@ async def test_a_pull_that_is_left_ends_with_all_its_processes(tmp_path: Path, m
     pytest.fail("the grandchild lives on")
 
 
+@pytest.mark.parametrize("arrives", [True, False])
+async def test_a_pull_may_take_as_long_as_something_arrives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arrives: bool
+) -> None:
+    script, part = tmp_path / "python", tmp_path / "models" / "hub" / ".org--name@main.+part"
+    part.mkdir(parents=True)
+    grows = f"for i in 1 2 3 4 5 6 7 8; do echo x >> '{part}/model.safetensors'; sleep 0.25; done"
+    script.write_text(f"#!/bin/sh\n{grows if arrives else 'sleep 60'}\necho '{{\"ok\": true}}'\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(pulling, "sys", SimpleNamespace(executable=str(script)))
+    monkeypatch.setattr(pulling, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(pulling, "_LOOK_SECONDS", 0.05)
+    work = asyncio.wait_for(pulling.pull("org/name", tmp_path, Draining(1.0)), 30)
+    if arrives:  # two seconds in all
+        assert await work == "org/name"
+    else:
+        with pytest.raises(APIError, match="Nothing has arrived"):
+            await work
+
+
 @pytest.mark.slow
 async def test_pulling_makes_a_tiny_model_in_a_child(client: httpx.AsyncClient, settings: Settings) -> None:
     answer = await client.post("/v1/models/pull", json={"model": "tiny-llama"}, timeout=120)

@@ -10,13 +10,17 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from core.models.policy import PolicyError, check_endpoint
+from core.models.ref import parse_ref
+from core.models.resolve import arriving
 
 ROOT = Path(__file__).parents[4]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -29,6 +33,10 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder = folder
         self.asked: list[str] = []
+        self.sent: list[str] = []
+        self.commit = COMMIT
+        self.stalls, self.lists = False, True
+        self.go_on = threading.Event()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -41,26 +49,34 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(body=True)
 
     def answer(self, *, body: bool) -> None:
-        path = self.path.partition("?")[0]
+        path, commit = self.path.partition("?")[0], self.server.commit
         self.server.asked.append(path)
         files = {str(file.relative_to(self.server.folder)): file for file in self.server.folder.rglob("*")}
         raw, kind, headers = b'{"error": "Repository not found"}', "application/json", {"X-Error-Code": "RepoNotFound"}
         status = 404
         if path.startswith("/api/models/org/name/revision/"):
             listed = [{"rfilename": name} for name in sorted(files)]
-            raw, headers, status = json.dumps({"id": "org/name", "sha": COMMIT, "siblings": listed}).encode(), {}, 200
-        elif path.startswith("/api/models/org/name/tree/"):
+            raw, headers, status = (
+                json.dumps({"id": "org/name", "sha": self.server.commit, "siblings": listed}).encode(),
+                {},
+                200,
+            )
+        elif path.startswith("/api/models/org/name/tree/") and self.server.lists:
             tree = [{"type": "file", "path": n, "size": f.stat().st_size, "oid": "0" * 40} for n, f in files.items()]
             raw, headers, status = json.dumps(tree).encode(), {}, 200
-        elif path.startswith(f"/org/name/resolve/{COMMIT}/") and path.rpartition(f"/{COMMIT}/")[2] in files:
-            raw, kind = files[path.rpartition(f"/{COMMIT}/")[2]].read_bytes(), "application/octet-stream"
-            headers, status = {"ETag": f'"{hashlib.sha1(raw).hexdigest()}"', "X-Repo-Commit": COMMIT}, 200
+        elif path.startswith(f"/org/name/resolve/{commit}/") and path.rpartition(f"/{commit}/")[2] in files:
+            raw, kind = files[path.rpartition(f"/{commit}/")[2]].read_bytes(), "application/octet-stream"
+            headers, status = {"ETag": f'"{hashlib.sha1(raw).hexdigest()}"', "X-Repo-Commit": commit}, 200
         self.send_response(status)
         for key, value in {**headers, "Content-Type": kind, "Content-Length": str(len(raw))}.items():
             self.send_header(key, value)
         self.end_headers()
         if body:
-            self.wfile.write(raw)
+            if path.endswith(".safetensors") and self.server.stalls:
+                self.server.go_on.wait(60)
+            self.server.sent.append(path.rpartition("/")[2])
+            with suppress(OSError):
+                self.wfile.write(raw)
 
     def log_message(self, format: str, *args: object) -> None:
         """Silence."""
@@ -73,6 +89,7 @@ def hub(tiny_llama: Path, tmp_path: Path) -> Iterator[Hub]:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
+    server.go_on.set()
     server.shutdown()
     thread.join()
     server.server_close()
@@ -80,12 +97,74 @@ def hub(tiny_llama: Path, tmp_path: Path) -> Iterator[Hub]:
 
 def pull(hub: Hub, reference: str, home: Path, *, listed: bool = True) -> subprocess.CompletedProcess[str]:
     """Resolves a reference in a process whose Hub is the small server."""
+    argv, env = command(hub, reference, home, listed=listed)
+    return subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+def command(hub: Hub, reference: str, home: Path, *, listed: bool = True) -> tuple[list[str], dict[str, str]]:
+    """What ``pull`` starts, and its environment."""
     address = f"127.0.0.1:{hub.server_port}"
     env = {**os.environ, "HF_ENDPOINT": f"http://{address}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(home / "hf")}
     env |= {"GRADHELM_HOME": str(home), "GRADHELM_HUB_HOSTS": address if listed else "", "HF_HUB_DISABLE_XET": "1"}
     script = "import sys\nfrom core.models.resolve import resolve\nprint(resolve(sys.argv[1]))"
-    argv = [sys.executable, "-c", script, reference]
-    return subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+    return [sys.executable, "-c", script, reference], env
+
+
+def killed_pull(hub: Hub, home: Path) -> Path:
+    """A pull that is killed when everything but the weights has arrived; the folder that it leaves."""
+    hub.stalls = True
+    part = home / "models" / "hub" / ".org--name@main.+part"
+    small = {path.name for path in hub.folder.iterdir() if path.suffix == ".json"}
+    argv, env = command(hub, "org/name", home)
+    with subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+        deadline = time.monotonic() + 60
+        notes = part / ".cache" / "huggingface" / "download"
+        while not all((notes / f"{name}.metadata").is_file() for name in small):
+            assert time.monotonic() < deadline and child.poll() is None
+            time.sleep(0.01)
+        child.kill()
+    assert arriving(parse_ref("org/name"), home) > 0
+    hub.stalls = False
+    hub.go_on.set()
+    return part
+
+
+def test_a_pull_that_was_killed_goes_on_from_the_files_that_arrived(hub: Hub, tmp_path: Path) -> None:
+    part = killed_pull(hub, tmp_path / "home")
+    assert part.is_dir()
+    done = pull(hub, "org/name", tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    assert hub.sent.count("tokenizer.json") == hub.sent.count("config.json") == 1
+    directory = tmp_path / "home" / "models" / "hub" / "org--name@main"
+    for file in hub.folder.iterdir():
+        assert (directory / file.name).read_bytes() == file.read_bytes()
+    assert sorted(path.name for path in directory.iterdir()) == sorted(path.name for path in hub.folder.iterdir())
+    assert sorted(path.name for path in directory.parent.iterdir()) == [".org--name@main.lock", "org--name@main"]
+    assert arriving(parse_ref("org/name"), tmp_path / "home") == 0
+
+
+def test_what_arrived_of_another_commit_is_not_used(hub: Hub, tmp_path: Path) -> None:
+    part = killed_pull(hub, tmp_path / "home")
+    (part / "model-00001-of-00002.safetensors").write_bytes(b"of the earlier commit")
+    hub.commit = COMMIT[::-1]
+    done = pull(hub, "org/name", tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    assert hub.sent.count("tokenizer.json") == 2
+    directory = tmp_path / "home" / "models" / "hub" / "org--name@main"
+    assert sorted(path.name for path in directory.iterdir()) == sorted(path.name for path in hub.folder.iterdir())
+
+
+def test_what_arrived_is_not_taken_for_the_whole_where_the_hub_cannot_be_asked(hub: Hub, tmp_path: Path) -> None:
+    part = killed_pull(hub, tmp_path / "home")
+    shutil.rmtree(part / ".cache" / "huggingface" / "trees", ignore_errors=True)
+    for listing in part.glob(".cache/huggingface/**/*tree*"):
+        listing.unlink(missing_ok=True)
+    hub.lists = False
+    done = pull(hub, "org/name", tmp_path / "home")
+    assert done.returncode == 1 and "could not download org/name" in done.stderr
+    assert part.is_dir() and not (part.parent / "org--name@main").exists()
+    hub.lists = True
+    assert pull(hub, "org/name", tmp_path / "home").returncode == 0
 
 
 def test_a_snapshot_holds_only_what_may_be_read(hub: Hub, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from core.models.lock import appearing, once
+from core.models.lock import appearing, arriving, once
 
 ROOT = Path(__file__).parents[4]
 
@@ -82,6 +82,22 @@ def test_what_a_killed_process_left_is_cleared_by_the_next(tmp_path: Path) -> No
     with once(target) as fresh:
         assert fresh is None
     assert (target / "config.json").read_text() == "whole"
+
+
+def test_what_is_kept_is_there_for_the_next_one_after_an_error(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with pytest.raises(OSError, match="line went dead"), once(target, keep=True) as fresh:
+        assert fresh is not None
+        (fresh / "first").write_text("arrived")
+        assert arriving(target) == len("arrived")
+        raise OSError("line went dead")
+    assert not target.exists()
+    with once(target, keep=True) as fresh:
+        assert fresh is not None and (fresh / "first").read_text() == "arrived"
+        (fresh / "config.json").write_text("whole")
+    assert sorted(path.name for path in target.iterdir()) == ["config.json", "first"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".model.lock", "model"]
+    assert arriving(target) == 0
 
 
 def test_what_another_one_makes_beside_it_is_left_alone(tmp_path: Path) -> None:
