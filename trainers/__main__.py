@@ -1,4 +1,4 @@
-"""``python -m trainers RUN.yaml key=value`` and ``accelerate launch -m trainers RUN.yaml key=value``."""
+"""``python -m trainers RUN.yaml key=value``, ``accelerate launch -m trainers RUN.yaml key=value``, ``... replay``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from core.config import ConfigError
 from core.config_yaml import read_yaml
 from core.events import EventLog
 from trainers.config import Run, load_run
-from trainers.errors import CRASHED, STOPPED, USER_ERROR, RunError
+from trainers.errors import CRASHED, STOPPED, SUCCEEDED, USER_ERROR, RunError
 from trainers.report import Reporter
 from trainers.signals import StopSignals
 from trainers.terminal import describe
@@ -24,6 +24,7 @@ from trainers.view import Lines, View, make_view
 EPILOG = """\
 Exit codes: 0 succeeded, 2 the run cannot succeed as configured (an error event says why), 3 stopped at a checkpoint
 on SIGTERM or SIGINT, anything else a crash. The same command always goes on from the newest checkpoint in output_dir.
+`python -m trainers replay --help`: make the model of a zeroth-order run from its journal.
 """
 
 
@@ -36,13 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["replay"]:
+        return _replay(given[1:])
     parser = argparse.ArgumentParser(prog="python -m trainers", description="Fine-tune a model.", epilog=EPILOG)
     parser.add_argument("run", type=Path, metavar="RUN.yaml", help="the run file")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="settings that win over the run file"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and a memory plan, and end")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
     with StopSignals() as stop:
         try:
             run = load_run(options.run, options.overrides)
@@ -67,6 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             if log is not None:
                 log.close()
+
+
+def _replay(arguments: Sequence[str]) -> int:
+    from trainers.journal.command import run
+
+    try:
+        print(run(arguments))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    return SUCCEEDED
 
 
 def _train(run: Run, reporter: Reporter, stop: StopSignals) -> int:

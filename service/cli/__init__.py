@@ -1,4 +1,4 @@
-"""The command line, `gradhelm`: one file per command group, everything but serve, doctor and keys over HTTP."""
+"""The command line, `gradhelm`: one file per command group, everything but serve, doctor, keys and replay over HTTP."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from service.cli import chat, doctor, files, jobs, keys, models, serve, vectors
+from service.cli import chat, doctor, files, jobs, keys, models, replay, serve, vectors
 from service.cli.errors import CliError
 from service.cli.output import err
 
@@ -30,6 +30,7 @@ app.add_typer(jobs.app, name="jobs")
 app.add_typer(vectors.app, name="vectors")
 app.command("chat")(chat.chat)
 app.add_typer(keys.app, name="keys")
+app.command("replay")(replay.replay)
 
 
 def _version(wanted: bool) -> None:
