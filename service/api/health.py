@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from service.api.deps import Counts, Jobs, needs, public
+from service.api.docs import errors_of
 from service.api.errors import busy
 from service.api.shape import BoundedRoute
 from service.db.engine import read
@@ -27,7 +28,7 @@ async def healthz() -> dict[str, str]:
     return {"status": "ok", "service": "gradhelm"}
 
 
-@router.get("/readyz", response_model=dict[str, str], responses={503: {"description": "Not ready."}})
+@router.get("/readyz", response_model=dict[str, str], responses={503: {"description": "Not ready."}, **errors_of(507)})
 @public
 def readyz(request: Request) -> dict[str, str]:
     """Requests are welcome: the database answers, and the server is not stopping."""
