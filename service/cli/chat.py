@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from service.cli.client import Client
-from service.cli.errors import ServerRefused, UsageProblem
+from service.cli.client import Client, segment
+from service.cli.errors import CliError, ServerRefused, UsageProblem
 from service.cli.options import DEFAULT_URL, AsJson, Key, Url
 from service.cli.output import emit, note
 
 ROUTE = "/v1/chat/completions"
+MANY_LAYERS = 5
+"""Layers of a vector from which on a note says that one is mostly better."""
 
 
 def parse_vector(text: str) -> dict[str, Any]:
@@ -90,10 +92,27 @@ def chat(
     elif preserve_norm:
         raise UsageProblem("--preserve-norm does nothing without --vector.")
     with Client(url, key) as client:
+        if not as_json:
+            for term in body.get("steering", {}).get("vectors", []):
+                _warn_of_many_layers(client, term)
         if as_json:
             emit(client.post(ROUTE, body))
         else:
             _print_stream(client, body)
+
+
+def _warn_of_many_layers(client: Client, term: dict[str, Any]) -> None:
+    """A vector that was fitted on all layers pushes in each of them, and the sum is mostly babble."""
+    if "layers" in term:
+        return
+    try:
+        layers = client.get(f"/v1/steering/vectors/{segment(term['id'])}").get("layers") or []
+    except CliError:
+        return  # the request itself says what is wrong
+    if len(layers) >= MANY_LAYERS:
+        # A little behind the middle, where steering works in small models.
+        one = f"{term['id']}:{term['strength']:g}:{layers[len(layers) * 11 // 20]}"
+        note(f"({term['id']} steers all its {len(layers)} layers at once, which is mostly too much: try {one})")
 
 
 def _print_stream(client: Client, body: dict[str, Any]) -> None:

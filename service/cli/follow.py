@@ -6,6 +6,7 @@ that arrived (Last-Event-ID), so that no event is shown twice and none is missin
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -15,13 +16,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from service.cli.client import Client
-from service.cli.errors import ServerGone, ServerRefused
+from service.cli.errors import CliError, ServerGone, ServerRefused
 from service.cli.output import emit, note, out, when
 
 BAD = frozenset({"failed", "cancelled"})
 SETTLED = BAD | {"succeeded", "paused"}
 RETRY_FOR = 60.0
 PAUSE = 0.5  # seconds between two tries
+LOOKED_AT = 200  # newest jobs among which those ahead of a queued one are counted
+EVERY = 10.0  # seconds between two lines that tell of steps, where no bar does
 REFRESH = 1.0  # seconds between two looks at the job while events arrive
 
 
@@ -62,10 +65,11 @@ class JsonView:
 
 
 class LineView:
-    """Lines of text for pipes and logs."""
+    """Lines of text for pipes and logs: every message, a step in ten seconds, and each that was evaluated."""
 
     def __init__(self) -> None:
         self.status = ""
+        self.shown = -math.inf
 
     def __enter__(self) -> LineView:
         return self
@@ -81,6 +85,12 @@ class LineView:
 
     def event(self, event: dict[str, Any]) -> None:
         """Time, level and message."""
+        if event.get("type") == "metrics":
+            data, now = event.get("data") or {}, time.monotonic()
+            last = data.get("step") is not None and data.get("step") == data.get("total_steps")
+            if now - self.shown < EVERY and "valid_loss" not in data and not last:
+                return
+            self.shown = now
         print(line(event), flush=True)
 
     def say(self, message: str) -> None:
@@ -117,6 +127,8 @@ class BarView:
     def job(self, job: dict[str, Any]) -> None:
         """Status beside the bar."""
         self.progress.update(self.task, description=job["status"])
+        if job["status"] == "running" and job.get("estimated_finish"):
+            self.numbers["left"] = f"{max(0.0, job['estimated_finish'] - time.time()):.0f} s left"
         self._advance(job.get("progress") or {})
         if job["status"] in SETTLED:
             self.settled = summary(job)
@@ -219,14 +231,24 @@ def follow(client: Client, route: str, view: View, *, retry_for: float = RETRY_F
     """
     last_id: str | None = None
     patience = Patience(retry_for, view.say)
+    told = False
+
+    def look(job: dict[str, Any]) -> None:
+        nonlocal told
+        if job["status"] not in SETTLED:
+            view.job(job)
+        if job["status"] == "queued" and not told:
+            told = True
+            if waiting := ahead(client, job):
+                view.say(waiting)
+
     with view:
         while True:
             try:
                 job = client.get(route)
                 looked = time.monotonic()
                 patience.reset()
-                if job["status"] not in SETTLED:
-                    view.job(job)
+                look(job)
                 for event in client.events("GET", f"{route}/events", params={"stream": "true"}, last_id=last_id):
                     body = event.json()
                     last_id = event.id if event.id is not None else last_id
@@ -235,9 +257,7 @@ def follow(client: Client, route: str, view: View, *, retry_for: float = RETRY_F
                     if time.monotonic() - looked >= REFRESH:
                         # Events say what happened; status, total and estimate stand on the job.
                         looked = time.monotonic()
-                        now = client.get(route)
-                        if now["status"] not in SETTLED:
-                            view.job(now)
+                        look(client.get(route))
                 # The stream ends when the job is settled or the server shuts down. Only a job that was settled before
                 # its stream was read to the end has nothing more to tell.
                 if job["status"] in SETTLED:
@@ -246,6 +266,23 @@ def follow(client: Client, route: str, view: View, *, retry_for: float = RETRY_F
             except (ServerGone, ServerRefused) as error:
                 patience.endure(error)
             time.sleep(PAUSE)
+
+
+def ahead(client: Client, job: dict[str, Any]) -> str | None:
+    """What a queued job waits for; None when nothing is ahead of it, or the server does not say."""
+    try:
+        rows = client.list("/v1/fine_tuning/jobs", limit=LOOKED_AT, kind="all")
+    except CliError:
+        return None  # a hint is worth no error
+    names = [row.get("id") for row in rows]
+    earlier = rows[names.index(job["id"]) + 1 :] if job["id"] in names else []
+    going = [
+        str(row.get("status")) for row in earlier if row.get("status") in ("running", "queued", "validating_files")
+    ]
+    if not going:
+        return None
+    running = going.count("running")
+    return f"waiting for {len(going)} earlier job{'s' if len(going) > 1 else ''}, {running} of them running"
 
 
 def pieces(client: Client, route: str, *, wait: bool, retry_for: float = RETRY_FOR) -> Iterator[dict[str, Any]]:

@@ -12,6 +12,7 @@ import typer
 from core.models.catalog import CATALOG
 from service.cli import archive
 from service.cli.client import Client, segment
+from service.cli.errors import CliError
 from service.cli.options import DEFAULT_URL, AsJson, Key, Url
 from service.cli.output import emit, fields, note, size, table
 
@@ -57,9 +58,9 @@ def pull(
     as_json: AsJson = False,
 ) -> None:
     """Let the server fetch a base model, so that jobs and requests may name it (needs an admin key)."""
-    if not as_json:
-        note(f"pulling {reference} ...{_size(reference)}")
     with Client(url, key) as client:
+        if not as_json and not _is_here(client, reference):
+            note(f"pulling {reference} ...{_size(reference)}")
         answer = client.post("/v1/models/pull", {"model": reference}, patience=PULL_SECONDS)
     if as_json:
         emit(answer)
@@ -103,6 +104,14 @@ def _freed(answer: dict[str, Any]) -> str:
     also = f" and {count} checkpoint{'s' if count > 1 else ''} of its job" if count else ""
     stays = f"; {size(kept)} stay, shared with later jobs: delete their models too" if kept else ""
     return f"{also}: {size(answer.get('freed_bytes') or 0)} of the disk are free again{stays}"
+
+
+def _is_here(client: Client, reference: str) -> bool:
+    try:
+        client.get(f"/v1/models/{segment(reference)}")
+    except CliError:
+        return False
+    return True
 
 
 def _size(reference: str) -> str:

@@ -47,7 +47,9 @@ def fit(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Setting of the fit; repeat for more.", show_default=False),
     ] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Name shown in lists.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Shown in lists only; requests name the id.", show_default=False)
+    ] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Then watch it to its end.")] = False,
     url: Url = DEFAULT_URL,
     key: Key = None,
@@ -77,7 +79,9 @@ def fit(
 @app.command("import")
 def import_vector(
     path: Annotated[Path, typer.Argument(help="A .safetensors file of ours.", show_default=False)],
-    name: Annotated[str | None, typer.Option("--name", help="Name shown in lists.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Shown in lists only; requests name the id.", show_default=False)
+    ] = None,
     url: Url = DEFAULT_URL,
     key: Key = None,
     as_json: AsJson = False,
@@ -117,6 +121,10 @@ def get(vector_id: VectorId, url: Url = DEFAULT_URL, key: Key = None, as_json: A
     if as_json:
         emit(answer)
     else:
+        about = answer.get("metadata") or {}
+        if isinstance(about.get("norms"), dict):  # by layer: 2 before 10
+            ordered = sorted(about["norms"].items(), key=lambda item: (len(item[0]), item[0]))
+            answer = {**answer, "metadata": {**about, "norms": dict(ordered)}}
         fields(answer)
 
 

@@ -85,3 +85,13 @@ def test_preserving_a_norm_without_a_vector_is_wrong_usage(run: Run) -> None:
 def test_a_strength_that_is_no_number_is_named(run: Run) -> None:
     said = run("chat", "--model", "m", "--vector", "vec_a:abc", "hello").err
     assert "the strength 'abc' is no number" in said and "float" not in said
+
+
+def test_a_vector_that_would_steer_every_layer_is_told_of(run: Run, script: Script) -> None:
+    script.on("GET /v1/steering/vectors/vec_a", Reply({"layers": list(range(30))}))
+    script.on(ROUTE, stream(delta("x")))
+    chat = ("chat", "--model", "m", "--url", script.url, "hello", "--vector")
+    assert "try vec_a:1.5:16)" in run(*chat, "vec_a:1.5").err
+    assert "try" not in run(*chat, "vec_a:1.5:16").err
+    script.on("GET /v1/steering/vectors/vec_a", Reply({"layers": [16]}))
+    assert "try" not in run(*chat, "vec_a:1.5").err

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -180,3 +182,34 @@ def test_what_a_run_says_is_neither_markup_nor_commands_to_the_terminal(monkeypa
     assert screen.getvalue().count(SHOWN) == 2
     assert follow.summary(failed) == f"ftjob-1  failed  bad: {SHOWN}"
     assert follow.line({"message": HOSTILE}).endswith(SHOWN) and follow.plain("a\n\tb \u00e9") == "a\n\tb \u00e9"
+
+
+def test_without_a_terminal_steps_are_told_at_most_every_ten_seconds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(follow, "time", SimpleNamespace(monotonic=lambda: now))
+    view = follow.LineView()
+    for step in range(25):
+        view.event({"type": "metrics", "message": f"step {step}.", "data": {"step": step}})
+        now += 1
+    view.event({"type": "metrics", "message": "judged", "data": {"step": 25, "valid_loss": 1.0}})
+    view.event({"type": "message", "message": "word"})
+    shown = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
+    assert shown == ["0.", "10.", "20.", "judged", "word"]
+
+
+def test_a_queued_job_says_what_is_ahead_of_it(run: Run, script: Script) -> None:
+    script.on(f"GET {JOB}", job("queued"), job("succeeded", fine_tuned_model="ft:x"))
+    script.on(f"GET {JOB}/events", events(1))
+    rows = [("ftjob-2", "queued"), ("ftjob-1", "queued"), ("ftjob-0", "queued"), ("a", "running"), ("b", "failed")]
+    listed = [{"id": name, "status": status} for name, status in rows]
+    script.on("GET /v1/fine_tuning/jobs", Reply({"data": listed, "has_more": False}))
+    said = run("jobs", "follow", "ftjob-1", "--url", script.url)
+    assert said.code == 0 and "waiting for 2 earlier jobs, 1 of them running" in said.err
+
+
+def test_the_bar_counts_down_to_the_jobs_own_estimate(capsys: pytest.CaptureFixture[str]) -> None:
+    with follow.BarView() as view:
+        view.job({"id": "ftjob-1", "status": "running", "estimated_finish": time.time() + 90})
+    assert "s left" in capsys.readouterr().out
