@@ -112,7 +112,13 @@ def _readme(kind: str, base: str, base_fingerprint: str, card: Mapping[str, Any]
     what = kinds.get(kind, "whole model in safetensors")
     rows = {"Kind": what, "Base": base, "Base fingerprint": base_fingerprint}
     details = {key: value for key, value in card.items() if isinstance(value, dict | list)}
-    rows.update({key: value for key, value in card.items() if key not in details and key not in ("base", "title")})
+    rows.update(
+        {
+            key: value
+            for key, value in card.items()
+            if key not in details and key not in ("base", "base_fingerprint", "title")
+        }
+    )
     table = "\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items())
     sections = "".join(
         f"\n## {_cell(key)}\n\n```json\n{json.dumps(value, indent=2, ensure_ascii=False)}\n```\n"

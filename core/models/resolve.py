@@ -55,6 +55,10 @@ def arriving(ref: ModelRef, home: Path) -> int:
     return 0 if directory is None else lock.arriving(directory)
 
 
+class NotFetched(ValueError):
+    """The Hub did not give the files: no network, no such repository, or no right to it."""
+
+
 def available(home: Path | None = None) -> list[str]:
     """The references of all models on this machine: pulled catalog models, then Hub snapshots, sorted."""
     where = home or default_home()
@@ -141,7 +145,7 @@ def _snapshot(ref: ModelRef, home: Path) -> Path:
             try:
                 _download(ref, fresh, endpoint)
             except Exception as error:  # of the Hub's client, which changes its HTTP library
-                raise ValueError(f"could not download {ref} from {endpoint}: {error}") from error
+                raise NotFetched(f"could not download {ref} from {endpoint}: {error}") from error
             for made in (".cache", _COMMIT):
                 _remove(fresh / made)
             try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core.config import ConfigError, fields_doc, json_schema
-from core.nearest import choices
+from core.nearest import choices, nearest
 from service.api.errors import APIError, bad_request
 from service.api.schemas.resources import CreateJob
 from trainers.config import DEFAULT_METHOD, RunConfig, parse_run
@@ -112,7 +112,7 @@ def check(
             content[key] = value
         else:
             raise bad_request(
-                f"Unknown hyperparameter {key[:64]!r} of {name}; {choices(key, sorted({*OPENAI, *own, *common}))}.",
+                f"Unknown hyperparameter {key[:64]!r} of {name}; {_known(key, sorted({*OPENAI, *own, *common}))}.",
                 param=param,
                 code="unknown_hyperparameter",
             )
@@ -130,6 +130,14 @@ def check(
     asked = {key: value for key, value in hyperparameters.items() if value is not None}
     fixed = {key: value for key, value in run.as_dict()["method"].items() if run.origin[f"method.{key}"] == "start"}
     return {**dict.fromkeys(OPENAI, AUTO), **fixed, **asked}
+
+
+def _known(key: str, names: list[str]) -> str:
+    """The nearest name alone, since there are some fifty; all of them where none is near."""
+    close = nearest(key, names)
+    return (
+        choices(key, names) if close is None else f"did you mean {close}? docs/configuration.md lists all {len(names)}"
+    )
 
 
 def _check_range(key: str, value: Any, param: str) -> None:

@@ -15,8 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from core.models.catalog import CATALOG
 from core.models.ref import ModelRef, parse_ref
 from core.models.resolve import arriving, local_directory
+from core.nearest import choices
 from service.api.drain import Draining
 from service.api.errors import APIError, bad_request, busy
 from service.log import logger
@@ -46,6 +48,11 @@ async def pull(name: str, home: Path, draining: Draining) -> str:
         ref = parse_ref(name)
     except ValueError as error:
         raise bad_request(f"{error}.", param="model", code="invalid_model") from None
+    if ref.kind == "catalog" and ref.name not in CATALOG:
+        message = (
+            f"The catalog has no model {ref.name!r}; {choices(ref.name, CATALOG)}. Models of the Hub are org/name."
+        )
+        raise bad_request(message, param="model", code="invalid_model")
     if ref.kind not in ("catalog", "hub"):
         message = "Only catalog names and Hub ids (org/name[@revision]) are pulled over the API, never paths."
         raise bad_request(message, param="model", code="invalid_model")
@@ -113,11 +120,13 @@ def main(argv: list[str]) -> int:
     Returns:
         Exit code: 0 whenever there is an answer.
     """
-    from core.models.resolve import resolve
+    from core.models.resolve import NotFetched, resolve
 
     answer: dict[str, Any] = {"ok": True}
     try:
         resolve(argv[0])
+    except NotFetched as error:
+        answer = {"ok": False, "kind": "failed", "message": f"The model could not be fetched: {error}"[:1000]}
     except ValueError as error:
         answer = {"ok": False, "kind": "refused", "message": f"{error}"}
     except Exception as error:

@@ -82,6 +82,9 @@ class BoundedRoute(APIRoute):
                     except (ValueError, RecursionError):
                         content = None  # the framework says what is wrong with it
                     judge(content)
+            elif await request.body():
+                message = "The body is not announced as JSON: send it with the header Content-Type: application/json."
+                raise bad_request(message, param=None, code="not_json")
             return await handle(request)
 
         return bounded

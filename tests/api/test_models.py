@@ -16,6 +16,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from core.models.resolve import NotFetched
 from service.api import pulling
 from service.api.drain import Draining
 from service.api.errors import APIError
@@ -293,8 +294,21 @@ async def test_pulling_makes_a_tiny_model_in_a_child(client: httpx.AsyncClient, 
 
 async def test_pulling_an_unknown_catalog_name_is_refused(client: httpx.AsyncClient) -> None:
     answer = await client.post("/v1/models/pull", json={"model": "no-such-model"}, timeout=120)
-    assert answer.status_code == 400 and answer.json()["error"]["code"] == "model_refused"
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_model"
+    assert "org/name" in answer.json()["error"]["message"]
     assert "tiny-llama" in answer.json()["error"]["message"], "it lists what there is"
+
+
+def test_a_hub_that_does_not_answer_is_no_refusal_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_network(*_: object, **__: object) -> None:
+        raise NotFetched("could not download org/name: no network")
+
+    monkeypatch.setattr("core.models.resolve.resolve", no_network)
+    assert pulling.main(["org/name"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["kind"] == "failed" and "no network" in answer["message"]
 
 
 @pytest.mark.parametrize("name", ["", " ", "a b", "org/name/x", "x" * 600, "gpt-4o\n"])

@@ -199,7 +199,7 @@ def test_a_snapshot_that_the_policy_refuses_leaves_nothing(hub: Hub, tmp_path: P
 
 def test_a_repository_that_is_not_there_is_a_value_error(hub: Hub, tmp_path: Path) -> None:
     done = pull(hub, "org/missing", tmp_path / "home")
-    assert "ValueError: could not download org/missing" in done.stderr
+    assert "NotFetched: could not download org/missing" in done.stderr
 
 
 def test_a_host_that_nobody_listed_sees_no_connection(hub: Hub, tmp_path: Path) -> None:
