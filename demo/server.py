@@ -56,7 +56,9 @@ class Server:
         if url is None:
             process.stdout.close()
             process.wait()
-            raise SystemExit(f"The server did not start: {last_words(home / 'server.log', begin)}")
+            said = last_words(home / "server.log", begin)
+            beside = " Beside another server: GRADHELM_DEMO_HOME=FOLDER make demo." if "in use" in said else ""
+            raise SystemExit(f"The server did not start: {said}{beside}")
         # In a session of its own, so that Ctrl-C does not end it before the server has said its last words.
         # The server's log goes on to stdout: let it run into the file instead of a pipe that fills up.
         drain = subprocess.Popen(

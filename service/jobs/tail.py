@@ -56,13 +56,18 @@ def translate(job: Job, batch: Sequence[Mapping[str, Any]]) -> Changes:
     changes = Changes()
     longest = job.micro_batch_seconds
     metrics: dict[int, dict[str, Any]] = {}
+    # A step's numbers are written just before the progress that says of how many steps it is one.
+    told = next(
+        (event["total_steps"] for event in batch if event["kind"] == "progress" and "total_steps" in event), None
+    )
+    steps = job.total_steps or (_progress({"total_steps": told}, None).get("total_steps"))
     for event in batch:
         kind, time = event["kind"], _number(event.get("time"))
         if kind == "metric":
             data = {key: value for key, value in event.items() if key not in ("seq", "time", "kind")}
             step = int(_number(event.get("step")) or 0)
             metrics.setdefault(step, {}).update(data)
-            total = changes.values.get("total_steps", job.total_steps)
+            total = changes.values.get("total_steps", steps)
             changes.events.append(Event(_sentence(data, step, total), type="metrics", data=data, time=time))
         elif kind == "progress":
             changes.values |= _progress(event, time)

@@ -81,7 +81,7 @@ def _invalid(verdict: Mapping[str, Any]) -> Ending:
     code = str(verdict.get("code") or (problems[0]["code"] if problems else "invalid_training_file"))
     param = str(verdict.get("param") or "training_file")
     what = "1 problem" if count == 1 else f"{count} problems"
-    text = f"{what} in {param}: " + "; ".join(lines)
+    text = f"{what} in {param}:" + (f" {lines[0]}" if len(lines) == 1 else "".join(f"\n  {line}" for line in lines))
     events = [Event(f"Validation failed: {what} in {param}", "error", data={"code": code, "problems": problems})]
     values = {"error_code": code[:64], "error_message": text, "error_param": param[:64]}
     return Ending("failed", events, values)
