@@ -10,8 +10,8 @@ from tests.unit.trainers.journal.helpers import TENSORS, header, record
 from trainers.journal import Writer
 
 
-def main(path: Path, last: int) -> None:
-    """Reads the journal's name and the last step from the command line."""
+def write(path: Path, last: int) -> None:
+    """Records that are made up."""
     writer = Writer.reopen(path, header()) if path.exists() else Writer.create(path, header())
     for step in range(writer.step + 1, last + 1):
         writer.append(record(step))
@@ -19,5 +19,16 @@ def main(path: Path, last: int) -> None:
     writer.seal(TENSORS)
 
 
+def tune(path: Path, last: int) -> None:
+    """The steps of a real run, from where its journal ends."""
+    from tests.unit.trainers.journal.runs import Run
+
+    run = Run(path)
+    for step in range(run.optimizer.steps + 1, last + 1):
+        run.go(step)
+        os.write(1, f"{step}\n".encode())
+    run.seal()
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    {"write": write, "tune": tune}[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))

@@ -9,82 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from trainers.journal import Header, Journal, Writer, fork, read
+from tests.unit.trainers.journal.runs import NAN_AT, STEPS, Run, optimizer_over, start
+from trainers.journal import Header, Journal, fork, read
 from trainers.journal.recorder import Recorder
-from trainers.journal.replay import Replayed, describe, rebuild, replay
+from trainers.journal.replay import Replayed, rebuild, replay
 from trainers.journal.tensors import digest
-from trainers.optim.qzo import Qzo
 from trainers.optim.record import Record as Taken
-
-STEPS = 32
-NAN_AT = 7
-"""The loss of this step is no number."""
-
-
-def start() -> dict[str, Tensor]:
-    """Scales of both signs and of zero, in two tensors, and a matrix of weights."""
-    generator = torch.Generator().manual_seed(1)
-    made = {
-        "a.scales": torch.rand(5, 3, generator=generator) * 0.01,
-        "b.scales": torch.randn(70, generator=generator) * 0.01,
-        "c.weight": torch.randn(9, 4, generator=generator),
-    }
-    made["b.scales"][::10] = 0
-    return {name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in made.items()}
-
-
-def optimizer_over(tensors: dict[str, Tensor], **settings: Any) -> Qzo:
-    scales, weights = [tensors["a.scales"], tensors["b.scales"]], [tensors["c.weight"]]
-    groups = [{"params": scales, "scales": True}, {"params": weights, "weight_decay": 0.1}]
-    return Qzo(groups, seed=(1 << 63) + 5, **settings)
-
-
-class Run:
-    """A run that writes its journal; it can be stopped after any step, and gone on with from the journal alone."""
-
-    def __init__(self, path: Path, **settings: Any) -> None:
-        self.path, self.settings = path, settings
-        self.tensors = start()
-        self.optimizer = optimizer_over(self.tensors, **settings)
-        self.hashes = [digest(self.tensors)]
-        header = self.header()
-        if path.exists():
-            self.writer = Writer.reopen(path, header)
-            replay(read(path), self.optimizer, self.tensors)
-        else:
-            self.writer = Writer.create(path, header)
-        self.optimizer.on_step = Recorder(self.writer)
-
-    def header(self) -> Header:
-        about = {"model": "three tensors"}
-        quantiser = {"scheme": "none"}
-        return describe(
-            self.optimizer, self.tensors, base="sha256:0", quantiser=quantiser, kernels="reference", about=about
-        )
-
-    def go(self, until: int = STEPS) -> Run:
-        while (step := self.optimizer.steps + 1) <= until:
-            for group in self.optimizer.param_groups:
-                group["lr"] = 0.01 / step
-            self.optimizer.step(lambda: self.loss(step))
-            self.hashes.append(digest(self.tensors))
-        return self
-
-    def loss(self, step: int) -> float:
-        """Of the rows of a step, which a stop does not change."""
-        if step == NAN_AT:
-            return math.nan
-        total = sum(float((tensor.double() * (index + step % 3 + 1)).sum()) for index, tensor in self.indexed())
-        return math.sin(total) + total**2
-
-    def indexed(self) -> Any:
-        return enumerate(self.tensors.values())
-
-    def seal(self) -> Run:
-        self.writer.seal(digest(self.tensors))
-        return self
 
 
 def again(journal: Journal, **options: Any) -> Replayed:
@@ -125,10 +56,19 @@ def test_a_run_that_goes_on_from_its_journal_is_one_that_never_stopped(
 ) -> None:
     """The journal is the checkpoint: thresholds and means of what came before are made from it again too."""
     straight = Run(tmp_path / "straight", **settings).go().seal()
+    assert straight.optimizer.clipped > 0 or "clip" not in str(settings)
     for stop in (0, 3, NAN_AT, 25):
         Run(tmp_path / "stopped", **settings).go(until=stop).writer.close()
     resumed = Run(tmp_path / "stopped", **settings).go().seal()
     assert resumed.hashes[-1] == straight.hashes[-1]
+    ours, theirs = (run.optimizer.state_dict() for run in (resumed, straight))
+    assert ours["state"].keys() == theirs["state"].keys()
+    for number, state in ours["state"].items():
+        assert all(torch.equal(value, theirs["state"][number][name]) for name, value in state.items())
+    assert (resumed.optimizer.clipped, resumed.optimizer.skipped) == (
+        straight.optimizer.clipped,
+        settings.get("samples", 1),
+    )
     assert (tmp_path / "stopped").read_bytes() == (tmp_path / "straight").read_bytes()
 
 
