@@ -12,8 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-TILE = 1 << 18
-"""Largest number of matrix elements that exist in floating point at a time (1 MiB in float32), or one row."""
+TILE = 1 << 20
+"""Largest number of matrix elements that exist in floating point at a time, or one row.
+
+It is 4 MiB in float32: at 1,024 tokens the tiles of a 1536 x 576 layer then take 1.03 times as long as the product of
+the same matrix in float32, and with 1 MiB 1.17 times.
+"""
 
 
 class QuantLinear(nn.Module):
@@ -39,6 +43,7 @@ class QuantLinear(nn.Module):
         bias: (O,) or None.
         fixed: (O, G) bool, where a scale must never move; None where all may.
         pairs: (256, 2) float32, the two numbers that a byte stands for; made from the table.
+        product: what multiplies where no gradient is asked for, if not the tiles (:mod:`core.models.quant.kernels`).
     """
 
     codes: Tensor
@@ -49,6 +54,7 @@ class QuantLinear(nn.Module):
     bias: Tensor | None
     fixed: Tensor | None
     pairs: Tensor
+    product: Callable[[Tensor, QuantLinear], Tensor] | None
 
     def __init__(
         self,
@@ -105,6 +111,7 @@ class QuantLinear(nn.Module):
         self.in_features, self.out_features, self.group, self.scheme = in_features, outputs, group, scheme
         if fixed is None and bool((scales == 0).any()):
             fixed = scales == 0
+        self.product = None
         self.scales = nn.Parameter(scales, requires_grad=False)
         named = {"codes": codes, "table": table, "zeros": zeros, "constants": constants, "order": order}
         for name, tensor in {**named, "bias": bias, "fixed": fixed}.items():
@@ -114,7 +121,8 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) of any float dtype to (..., O) of the same."""
-        y: Tensor = _Product.apply(x, self.scales, self)  # type: ignore[no-untyped-call]
+        needed = torch.is_grad_enabled() and (x.requires_grad or self.scales.requires_grad)
+        y = tiled(x, self) if self.product is None or needed else self.product(x, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dequantised(self) -> Tensor:
@@ -184,6 +192,12 @@ class QuantLinear(nn.Module):
         return super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
 
 
+def tiled(x: Tensor, layer: QuantLinear) -> Tensor:
+    """The product alone, tile by tile: (..., I) of any float dtype to (..., O) of the same."""
+    y: Tensor = _Product.apply(x, layer.scales, layer)  # type: ignore[no-untyped-call]
+    return y
+
+
 class _Product(torch.autograd.Function):
     """``x W^T`` from tiles of W that live one at a time; the same for the gradients."""
 
@@ -191,7 +205,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scales: Tensor, layer: QuantLinear) -> Tensor:
         ctx.save_for_backward(x, scales)
         ctx.layer = layer
-        flat = _by_place(x, layer)
+        flat = by_place(x, layer)
         y = torch.empty(flat.shape[0], layer.out_features, dtype=x.dtype, device=x.device)
         for rows in layer.tiles():
             torch.mm(flat, layer.tile(rows, scales).to(x.dtype).T, out=y[:, rows])
@@ -204,7 +218,7 @@ class _Product(torch.autograd.Function):
         layer: QuantLinear = ctx.layer
         to_x, to_scales = ctx.needs_input_grad[:2]
         grad = grad.reshape(-1, layer.out_features)
-        flat = _by_place(x, layer) if to_scales else None
+        flat = by_place(x, layer) if to_scales else None
         grad_x = torch.zeros(grad.shape[0], layer.in_features, dtype=x.dtype, device=x.device) if to_x else None
         grad_scales = torch.empty_like(scales) if to_scales else None
         for rows in layer.tiles():
@@ -223,7 +237,7 @@ class _Product(torch.autograd.Function):
         return grad_x, grad_scales, None
 
 
-def _by_place(x: Tensor, layer: QuantLinear) -> Tensor:
-    """(..., I) to (N, I), columns in the order of the places."""
+def by_place(x: Tensor, layer: QuantLinear) -> Tensor:
+    """The rows of an input, its columns in the order of the places: (..., I) to (N, I)."""
     flat = x.reshape(-1, layer.in_features)
     return flat if layer.order is None else flat.index_select(1, layer.order)

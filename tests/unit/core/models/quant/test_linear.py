@@ -33,7 +33,7 @@ def test_the_first_code_of_a_pair_is_in_the_low_half() -> None:
         assert torch.equal(unpack(pack(codes), n), codes)
 
 
-@pytest.mark.parametrize("tile", [1, 200, 1 << 18])
+@pytest.mark.parametrize("tile", [1, 200, 1 << 20])
 @pytest.mark.parametrize(("inputs", "group", "which"), CASES)
 def test_matrix_product_and_gradients_are_those_of_the_definition(
     inputs: int, group: int, which: dict[str, bool], tile: int, monkeypatch: pytest.MonkeyPatch
