@@ -83,6 +83,12 @@ class JobMachine(RuleBasedStateMachine):
     def restart(self) -> None:
         self.world.restart()
 
+    @rule()
+    def stop_with_the_runs(self) -> None:
+        """As a container does; what is stubborn runs on, and is found by the next server."""
+        self.world.scheduler.stop(end_runs=True, seconds=0.0)
+        self.world.restart()
+
     @rule(stubborn=st.booleans())
     def be_stubborn(self, stubborn: bool) -> None:
         self.world.on_term = None if stubborn else 3
