@@ -41,6 +41,29 @@ class View(AbstractContextManager["View"], Protocol):
         """A word to the person watching."""
 
 
+class Reasons:
+    """Why a job failed, once: the run says it, the server as "Job failed: ...", and then it stands on the job."""
+
+    def __init__(self) -> None:
+        self.told: set[str] = set()
+
+    def new(self, event: dict[str, Any]) -> bool:
+        """Whether an event says more than one before it."""
+        if event.get("level") != "error":
+            return True
+        reason = str(event.get("message", "")).removeprefix("Job failed: ").strip()
+        known = reason in self.told
+        self.told |= {reason, reason.partition("\n")[0]}
+        return not known
+
+    def left(self, job: dict[str, Any]) -> dict[str, Any]:
+        """The job without a reason that was told; its code stays."""
+        error = job.get("error") or {}
+        if str(error.get("message") or "").strip() not in self.told:
+            return job
+        return {**job, "error": {**error, "message": None}}
+
+
 class JsonView:
     """Each event as one line of JSON, and the job itself as the last line."""
 
@@ -65,11 +88,13 @@ class JsonView:
 
 
 class LineView:
-    """Lines of text for pipes and logs: every message, a step in ten seconds, and each that was evaluated."""
+    """Lines of text for pipes and logs: every message, a step in ten seconds, and the last."""
 
     def __init__(self) -> None:
         self.status = ""
         self.shown = -math.inf
+        self.held: dict[str, Any] | None = None
+        self.reasons = Reasons()
 
     def __enter__(self) -> LineView:
         return self
@@ -81,17 +106,25 @@ class LineView:
         """A line when the status changed."""
         if job["status"] != self.status:
             self.status = job["status"]
-            print(summary(job), flush=True)
+            self._release()
+            print(summary(self.reasons.left(job)), flush=True)
 
     def event(self, event: dict[str, Any]) -> None:
-        """Time, level and message."""
+        """Time, level and message; a step that was passed over is told after all when it was the last before a word."""
         if event.get("type") == "metrics":
-            data, now = event.get("data") or {}, time.monotonic()
-            last = data.get("step") is not None and data.get("step") == data.get("total_steps")
-            if now - self.shown < EVERY and "valid_loss" not in data and not last:
+            now = time.monotonic()
+            if now - self.shown < EVERY and "valid_loss" not in (event.get("data") or {}):
+                self.held = event
                 return
-            self.shown = now
-        print(line(event), flush=True)
+            self.shown, self.held = now, None
+        self._release()
+        if self.reasons.new(event):
+            print(line(event), flush=True)
+
+    def _release(self) -> None:
+        if self.held is not None:
+            print(line(self.held), flush=True)
+            self.held = None
 
     def say(self, message: str) -> None:
         """On stderr."""
@@ -114,6 +147,7 @@ class BarView:
         self.task: TaskID = self.progress.add_task("waiting", total=None, numbers="")
         self.numbers: dict[str, str] = {}
         self.settled = ""
+        self.reasons = Reasons()
 
     def __enter__(self) -> BarView:
         self.progress.start()
@@ -131,13 +165,13 @@ class BarView:
             self.numbers["left"] = f"{max(0.0, job['estimated_finish'] - time.time()):.0f} s left"
         self._advance(job.get("progress") or {})
         if job["status"] in SETTLED:
-            self.settled = summary(job)
+            self.settled = summary(self.reasons.left(job))
 
     def event(self, event: dict[str, Any]) -> None:
         """Numbers move the bar; messages are printed above it."""
         data = event.get("data") or {}
         self._advance(data)
-        if event.get("type") != "metrics":
+        if event.get("type") != "metrics" and self.reasons.new(event):
             self.progress.console.print(Text(line(event)))
 
     def say(self, message: str) -> None:
@@ -177,8 +211,8 @@ def summary(job: dict[str, Any]) -> str:
     if result:
         text += f"  {result}"
     error = job.get("error") or {}
-    if error.get("message"):
-        text += f"  {error.get('code')}: {error['message']}"
+    if error.get("code"):
+        text += f"  {error['code']}" + (f": {error['message']}" if error.get("message") else "")
     return plain(text)
 
 

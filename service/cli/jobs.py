@@ -13,7 +13,7 @@ import typer
 
 from service.cli import follow as following
 from service.cli.client import Client, segment
-from service.cli.errors import UsageProblem
+from service.cli.errors import CliError, UsageProblem
 from service.cli.files import data_files
 from service.cli.options import DEFAULT_URL, After, AsJson, Key, Limit, Url
 from service.cli.output import emit, fields, note, table, when
@@ -157,11 +157,28 @@ def list_jobs(
     wanted = {f"metadata[{name}]": value for name, value in pairs(metadata, "--metadata").items()}
     with Client(url, key) as client:
         rows = client.list(ROUTE, limit=limit, after=after, kind="all" if every else None, **wanted)
+        here = None if as_json else _models(client)
     if as_json:
         emit(rows)
     else:
-        rows = [{**row, "fine_tuned_model": row.get("fine_tuned_model") or row.get("vector")} for row in rows]
+        rows = [{**row, "fine_tuned_model": _result(row, here)} for row in rows]
         table(rows, COLUMNS, empty="No jobs yet: `gradhelm jobs create --model MODEL --file PATH`.")
+
+
+def _models(client: Client) -> set[str] | None:
+    """Ids of the models that exist; None where the server does not say."""
+    try:
+        return {str(row["id"]) for row in client.get("/v1/models")["data"]}
+    except (CliError, KeyError):
+        return None
+
+
+def _result(row: dict[str, Any], here: set[str] | None) -> str | None:
+    """What a job made, and whether it was deleted since."""
+    model: str | None = row.get("fine_tuned_model")
+    if model is not None and here is not None and model not in here:
+        return f"{model} (deleted)"
+    return model or row.get("vector")
 
 
 @app.command("get")

@@ -177,7 +177,7 @@ def test_what_a_run_says_is_neither_markup_nor_commands_to_the_terminal(monkeypa
     monkeypatch.setattr(follow, "out", lambda: console)
     failed = {"id": "ftjob-1", "status": "failed", "error": {"code": "bad", "message": HOSTILE}}
     with follow.BarView() as view:
-        view.event({"created_at": 1, "level": "error", "message": HOSTILE, "type": "message"})
+        view.event({"created_at": 1, "level": "warn", "message": HOSTILE, "type": "message"})
         view.job(failed)
     assert screen.getvalue().count(SHOWN) == 2
     assert follow.summary(failed) == f"ftjob-1  failed  bad: {SHOWN}"
@@ -194,9 +194,10 @@ def test_without_a_terminal_steps_are_told_at_most_every_ten_seconds(
         view.event({"type": "metrics", "message": f"step {step}.", "data": {"step": step}})
         now += 1
     view.event({"type": "metrics", "message": "judged", "data": {"step": 25, "valid_loss": 1.0}})
+    view.event({"type": "metrics", "message": "last", "data": {"step": 26}})
     view.event({"type": "message", "message": "word"})
     shown = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
-    assert shown == ["0.", "10.", "20.", "judged", "word"]
+    assert shown == ["0.", "10.", "20.", "judged", "last", "word"]
 
 
 def test_a_queued_job_says_what_is_ahead_of_it(run: Run, script: Script) -> None:
@@ -213,3 +214,12 @@ def test_the_bar_counts_down_to_the_jobs_own_estimate(capsys: pytest.CaptureFixt
     with follow.BarView() as view:
         view.job({"id": "ftjob-1", "status": "running", "estimated_finish": time.time() + 90})
     assert "s left" in capsys.readouterr().out
+
+
+def test_the_reason_of_a_failure_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    view = follow.LineView()
+    for message in ("train_file: no rows", "Job failed: train_file: no rows"):
+        view.event({"type": "message", "level": "error", "message": message})
+    view.job({"id": "ftjob-1", "status": "failed", "error": {"code": "bad_data", "message": "train_file: no rows"}})
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.endswith("train_file: no rows") and last == "ftjob-1  failed  bad_data"

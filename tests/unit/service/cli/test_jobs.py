@@ -37,3 +37,12 @@ def test_a_suffix_that_is_none_is_said_in_words(run: Run, script: Script) -> Non
 def test_what_lists_is_named_as_the_command(run: Run, script: Script) -> None:
     script.on("GET /v1/models/m", Reply({"error": {"message": "GET /v1/models lists what is here."}}, 404))
     assert "`gradhelm models list` lists what is here." in run("models", "get", "m", "--url", script.url).err
+
+
+def test_a_model_that_was_deleted_is_marked_in_the_list(run: Run, script: Script) -> None:
+    rows = [{"id": f"ftjob-{name}", "status": "succeeded", "fine_tuned_model": f"ft:{name}"} for name in "ab"]
+    script.on("GET /v1/fine_tuning/jobs", Reply({"data": rows, "has_more": False}))
+    assert "(deleted)" not in run("jobs", "list", "--url", script.url).out, "who may not see models is told nothing"
+    script.on("GET /v1/models", Reply({"data": [{"id": "ft:a"}]}))
+    shown = run("jobs", "list", "--url", script.url).out
+    assert "ft:b (deleted)" in shown and "ft:a (deleted)" not in shown
