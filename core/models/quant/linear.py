@@ -25,7 +25,7 @@ class QuantLinear(nn.Module):
 
     p is the place of input i in a row (``order[p] == i``; p = i without an order), and ``g = p // group``. ``zeros``
     and ``constants`` count as 0 where they are absent. Each operation of the formula is rounded to float32 on its own,
-    so the matrix is the same on every device. Equivalent to, but for the order of sums in the product::
+    so no device has a reason to give other bits (tests run on the CPU). Equivalent to, but for the order of sums::
 
         y = torch.nn.functional.linear(x, self.dequantised().to(x.dtype), self.bias)
 

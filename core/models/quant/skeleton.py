@@ -14,6 +14,8 @@ from core.models.quant.linear import QuantLinear
 def skeleton(config: Any, dtype: torch.dtype) -> Any:
     """A causal language model whose parameters take no memory yet; its buffers (rotary frequencies) are real.
 
+    While it is made, modules that other threads make lose their weights too: load models from one thread.
+
     Args:
         config: a transformers configuration without quantisation settings.
         dtype: what the parameters will be held in.

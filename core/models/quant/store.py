@@ -102,7 +102,9 @@ def load(directory: Path) -> Stored:
         if not (directory / name).is_file():
             raise ValueError(f"{directory} has no {name}: it is not a quantised model that was saved here")
     plain = policy.read_json(directory / "config.json")
-    policy.check_config(plain)
+    generation = directory / "generation_config.json"
+    for settings in (plain, policy.read_json(generation) if generation.is_file() else {}):
+        policy.check_config(settings)
     settings = policy.read_json(directory / SETTINGS)
     listed, dtype, base = settings.get("layers"), settings.get("dtype"), settings.get("base_fingerprint")
     if settings.get("format") != FORMAT or not isinstance(listed, dict) or not listed or not isinstance(base, str):
@@ -121,7 +123,7 @@ def load(directory: Path) -> Stored:
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     model = skeleton(config, getattr(torch, dtype))
     fill(model, layers, tensors)
-    if (directory / "generation_config.json").is_file():
+    if generation.is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
     return Stored(model, layers, base)
 

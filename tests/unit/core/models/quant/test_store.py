@@ -146,6 +146,11 @@ def test_code_and_lies_in_the_configuration_are_refused(tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(ValueError, match=says):
             store.load(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(generation | {"custom_generate": "a/b"}))
+    with pytest.raises(ValueError, match="runs code"):
+        store.load(folder)
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match=r"has no config\.json"):
         store.load(folder)
