@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from core.models.load import Loaded, load
-from core.models.quant.convert import quantise_model
+from core.models.load import Loaded, Quant, load
+from core.models.quant.convert import quantised
 from core.models.quant.linear import QuantLinear
 from core.models.quant.scales import describe
 from trainers.journal.header import Header
@@ -58,26 +58,21 @@ def begin(header: Header, model: str | None = None) -> Base:
     reference = header.about.get("model") if model is None else model
     if not isinstance(reference, str):
         raise ValueError("the journal does not say the name of its base: give it with --model")
-    loaded = load(reference, dtype="float32")
+    quant, group = _scheme(header.quantiser)
+    loaded = load(reference, dtype="float32", quant=quant, group=group)
     if loaded.fingerprint != header.base:
         raise ValueError(f"{reference} has the weights {loaded.fingerprint}, and the journal is of {header.base}")
-    layers: Mapping[str, QuantLinear] = {}
-    if header.quantiser:
-        layers = quantise_model(loaded.model, *_scheme(header.quantiser))
-        if (found := describe(layers)) != header.quantiser:
-            raise ValueError(
-                f"quantised here the base has other codes, {found}, than the journal's, {header.quantiser}"
-            )
+    layers = quantised(loaded.model)
+    if layers and (found := describe(layers)) != header.quantiser:
+        raise ValueError(f"quantised here the base has other codes, {found}, than the journal's, {header.quantiser}")
     parameters = dict(loaded.model.named_parameters())
     if missing := [entry.name for entry in header.tensors if entry.name not in parameters]:
         raise ValueError(f"the journal tunes {missing[0]}, which {reference} does not have")
     return Base(loaded, layers, {entry.name: parameters[entry.name] for entry in header.tensors})
 
 
-def _scheme(quantiser: Mapping[str, Any]) -> tuple[str, int]:
-    scheme, group = quantiser.get("scheme"), quantiser.get("group")
-    if not isinstance(scheme, str) or type(group) is not int:
-        raise ValueError(
-            f"the journal's base was quantised as {dict(quantiser)}, which cannot be made again from floats"
-        )
+def _scheme(quantiser: Mapping[str, Any]) -> tuple[Quant, int]:
+    scheme, group = quantiser.get("scheme", "none"), quantiser.get("group", 64)
+    if scheme not in ("none", "int4", "nf4", "q4_1") or type(group) is not int:
+        raise ValueError(f"the journal's base was quantised as {dict(quantiser)}, which cannot be made again here")
     return scheme, group

@@ -16,10 +16,12 @@ from typer.testing import CliRunner
 from core.models.load import load
 from core.models.manifest import verify
 from core.models.policy import read_json
-from core.models.quant.convert import quantise_model
+from core.models.quant.convert import quantised
 from core.models.quant.scales import describe as describe_layers
 from core.models.quant.scales import load_scales
 from service.cli import app
+from tests.unit.core.models.quant.test_gguf_q4 import KINDS
+from tests.unit.core.models.test_gguf import write_gguf
 from trainers.__main__ import main
 from trainers.errors import SUCCEEDED, USER_ERROR
 from trainers.journal import Header, Writer, read
@@ -32,14 +34,18 @@ from trainers.optim.qzo import Qzo
 
 ROOT = Path(__file__).parents[4]
 STEPS = 12
-GROUPS = {"int4": 32, "nf4": 64}
+GROUPS = {"int4": 32, "nf4": 64, "q4_1": 32, "none": 64}
 
 
-def run(path: Path, scheme: str | None) -> tuple[Any, Qzo]:
+def base(reference: str, scheme: Any) -> Any:
+    """The tiny model as before the run."""
+    return load(reference, quant=scheme, group=GROUPS[scheme])
+
+
+def run(path: Path, reference: str, scheme: str) -> tuple[Any, Qzo]:
     """Tunes the tiny model on one row; gives the tuned model and the optimizer."""
-    loaded = load("tiny-llama")
-    model = loaded.model
-    layers = {} if scheme is None else quantise_model(model, scheme, GROUPS[scheme])
+    loaded = base(reference, scheme)
+    model, layers = loaded.model, quantised(loaded.model)
     tuned = [layer.scales for layer in layers.values()] or list(model.parameters())
     model.requires_grad_(False)
     optimizer = Qzo([{"params": tuned, "scales": bool(layers)}], lr=1e-2, seed=3, normalise=True, clip=3.0)
@@ -49,8 +55,8 @@ def run(path: Path, scheme: str | None) -> tuple[Any, Qzo]:
         tensors,
         base=loaded.fingerprint,
         quantiser=describe_layers(layers) if layers else {},
-        kernels="reference",
-        about={"model": "tiny-llama"},
+        kernels="exact-1",
+        about={"model": reference},
     )
     ids = torch.arange(1, 25).reshape(1, -1)
     with Writer.create(path, header) as writer:
@@ -61,31 +67,33 @@ def run(path: Path, scheme: str | None) -> tuple[Any, Qzo]:
     return model, optimizer
 
 
-@pytest.fixture(scope="module", params=["int4", "nf4", None])
+@pytest.fixture(scope="module", params=["int4", "nf4", "q4_1", "none"])
 def ran(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    path = tmp_path_factory.mktemp("run") / "run.journal"
-    return (path, request.param, *run(path, request.param))
+    folder, reference = tmp_path_factory.mktemp("run"), "tiny-llama"
+    if request.param == "q4_1":
+        reference = str(folder / "tiny.gguf")
+        write_gguf(tiny_llama, Path(reference), KINDS)
+    path = folder / "run.journal"
+    return (path, reference, request.param, *run(path, reference, request.param))
 
 
 one_scheme = pytest.mark.parametrize("ran", ["int4"], indirect=True)
 
 
 def test_the_command_makes_the_tuned_model_again(ran: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, scheme, model, optimizer = ran
+    path, reference, scheme, model, optimizer = ran
     assert main(["replay", str(path), str(tmp_path / "out")]) == SUCCEEDED
     assert capsys.readouterr().out == f"step {STEPS}, finished: {tmp_path / 'out'}\n"
     verify(tmp_path / "out")
-    if scheme is None:
-        again = load(str(tmp_path / "out")).model
-        before = load("tiny-llama").model
+    before = base(reference, scheme)
+    if scheme == "none":
+        again = load(str(tmp_path / "out"))
     else:
-        again, before = load("tiny-llama").model, load("tiny-llama").model
-        fresh = quantise_model(again, scheme, GROUPS[scheme])
-        load_scales(fresh, tmp_path / "out", base_fingerprint=load("tiny-llama").fingerprint)
-        quantise_model(before, scheme, GROUPS[scheme])
-    ours, theirs, base = (dict(one.named_parameters()) for one in (model, again, before))
+        again = base(reference, scheme)
+        load_scales(quantised(again.model), tmp_path / "out", base_fingerprint=again.fingerprint)
+    ours, theirs, untuned = (dict(one.named_parameters()) for one in (model, again.model, before.model))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-    assert any(not torch.equal(value, base[name]) for name, value in ours.items())
+    assert any(not torch.equal(value, untuned[name]) for name, value in ours.items())
     card = read_json(tmp_path / "out" / "manifest.json")["card"]["journal"]
     assert card == {
         "step": STEPS,
@@ -143,9 +151,10 @@ def test_what_cannot_be_replayed_leaves_nothing(ran: Any, tmp_path: Path, capsys
     ("change", "said"),
     [
         ({"about": {}}, "give it with --model"),
-        ({"quantiser": {"scheme": "mixed", "group": "mixed"}}, "cannot be made again from floats"),
+        ({"quantiser": {"scheme": "mixed", "group": "mixed"}}, "cannot be made again here"),
         ({"quantiser": {"scheme": "int4", "group": 32, "identity": "sha256:0"}}, "has other codes"),
-        ({"quantiser": {"scheme": "q4_1", "group": 32}}, "q4_1"),
+        ({"quantiser": {"scheme": "q4_1", "group": 32}}, "no GGUF file"),
+        ({"quantiser": {"scheme": "gptq", "group": 128}}, "cannot be made again here"),
         ({"tensors": [["no.such.scales", "float32", [1]]]}, "tunes no.such.scales, which tiny-llama does not have"),
     ],
     ids=str,
