@@ -137,7 +137,7 @@ def test_a_run_is_adopted_and_never_started_again(world: World) -> None:
     assert world.executor.starts == starts
     assert any("looks after the run again" in line for line in world.messages(job_id))
     assert [line for line in world.messages(job_id) if line.startswith("Step")] == [
-        "Step 1/2: training loss=2", "Step 2: training loss=1",
+        "Step 1: training loss=2", "Step 2: training loss=1",
     ]  # fmt: skip
     world.finish(job_id)
     world.tick()
