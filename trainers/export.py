@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from core.models.load import Loaded, load
+from core.models.quant.convert import dequantise_model, quantised
 from core.models.ref import ModelRef
 from core.models.save import save_adapter, save_merged
 from trainers.method import Method
@@ -18,7 +21,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
 def write(model: nn.Module, method: Method, loaded: Loaded, directory: Path, card: dict[str, Any]) -> str:
-    """Writes the servable form of a model, atomically.
+    """Writes the servable form of a model, atomically; quantised layers as floats, which takes the memory of them all.
 
     Args:
         model: As attached.
@@ -33,8 +36,21 @@ def write(model: nn.Module, method: Method, loaded: Loaded, directory: Path, car
     if method.makes == "adapter":
         save_adapter(model, directory, card=card)
         return "adapter"
-    save_merged(model, loaded.tokenizer, directory, card=card)
+    with _in_floats(model):
+        save_merged(model, loaded.tokenizer, directory, card=card)
     return "merged"
+
+
+@contextmanager
+def _in_floats(model: nn.Module) -> Iterator[None]:
+    """Holds quantised layers as the matrices that they stand for, and puts the very same layers back afterwards."""
+    layers = quantised(model)
+    dequantise_model(model)
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
 
 
 def probe(model: nn.Module, input_ids: list[int]) -> Tensor:

@@ -399,7 +399,9 @@ class Loop:
                 "adjustable": self.run_file.adjustable,
                 "threads": self.config.cpu_threads(),
             }
-            serve = not stopping or self.run_file.method.makes == "adapter"
+            # Whole weights take long to write, and those of scales more than all that a checkpoint holds.
+            makes = self.run_file.method.makes
+            serve = makes == "adapter" or (makes == "weights" and not stopping)
             path = checkpoint.save(
                 self.root,
                 step=step,

@@ -10,6 +10,7 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from core.models.quant.convert import quantised
 from core.models.resolve import resolve
 from trainers.config import Run
 from trainers.dtype import resolve_dtype
@@ -27,7 +28,7 @@ class Plan:
     optimizer take one step on it:
 
     - weights: every parameter, tied ones once; a linear layer held in NF4 as its codes, scales and tables, which is
-      4.127 bits a weight and 1 KiB;
+      4.127 bits a weight and 1 KiB; one that the method quantises as its codes, scales and tables;
     - gradients: every trained parameter, in its own dtype;
     - optimizer: every tensor of its state; without gradients also the copy that a step goes back by.
 
@@ -40,7 +41,8 @@ class Plan:
     To them comes the runtime: Python, torch and the other libraries, as this process holds them when it plans. On a
     small model it is most of all; a GPU holds none of it.
 
-    Not covered: the allocator's slack, and a second copy of the weights while the artifact is checked.
+    Not covered: the allocator's slack, a second copy of the weights while the artifact is checked, and the floats as
+    which a quantised model is written at the end.
     """
 
     weights: int
@@ -84,7 +86,7 @@ def plan(run: Run) -> Plan:
     directory = resolve(run.config.model)
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     computed = resolve_dtype(run.config.dtype)
-    dtype = torch.float32 if run.method.makes == "weights" else getattr(torch, computed)
+    dtype = getattr(torch, computed) if run.method.makes == "adapter" else torch.float32
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         base_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -97,6 +99,7 @@ def plan(run: Run) -> Plan:
         )
         attached = run.method.attach(model, run.settings, context)
     weights = sum(_size(parameter) for parameter in attached.model.parameters()) - saved
+    weights += sum(_size(part) for layer in quantised(attached.model).values() for part in layer.buffers())
     trained = [parameter for parameter in attached.model.parameters() if parameter.requires_grad]
     if run.method.needs_gradients:
         for parameter in trained:

@@ -23,6 +23,7 @@ _NAMES = (
     "trion",
     "muon",
     "mezo",
+    "qzo",
 )
 
 

@@ -140,6 +140,9 @@ def begin(run: Run, *, dtype: str, quant: Any) -> tuple[Loaded, Start | None]:
         if config.start_name is not None:
             with _refused("model"):
                 manifest.verify(directory_of(config.model))
+        if run.method.makes == "scales":
+            settings: Any = run.settings
+            return load(config.model, dtype=dtype, quant=settings.scheme, group=settings.group), None
         return load(config.model, dtype=dtype, quant=quant), None
     folder = Path(config.start)
     with _refused("start"):

@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from core.config import dump
 from core.models.load import Loaded
+from core.models.quant.convert import quantised
+from core.models.quant.scales import save_scales
 from trainers import export
 from trainers.batch import collator
 from trainers.config import Run
@@ -62,8 +64,9 @@ def train(run: Run, reporter: Reporter, stop: StopSignals) -> int:
             "one whole model a process, as configs/accelerate/ddp.yaml does",
             code="unsupported_launch",
         )
-    # Rounding every update to bfloat16 would lose most of it, so weights that train are held in float32.
-    held_in = "float32" if method.makes == "weights" else dtype
+    # Rounding every update to bfloat16 would lose most of it, so weights that train are held in float32; and codes are
+    # to be the same whatever a run computes in.
+    held_in = dtype if method.makes == "adapter" else "float32"
     quant = method.quant(run.settings)
     loaded, start = begin(run, dtype=held_in, quant=quant)
     tokenizer = loaded.tokenizer
@@ -169,6 +172,8 @@ def _export(
     directory = Path(run.config.output_dir) / "artifact"
     expected = export.probe(model, probe_ids)
     kind = export.write(model, run.method, loaded, directory, card)
+    if run.method.makes == "scales":
+        save_scales(quantised(model), Path(run.config.output_dir) / "scales", card=card)
     difference = export.verify(
         expected, kind, loaded, directory, probe_ids, dtype=dtype, quant=run.method.quant(run.settings)
     )

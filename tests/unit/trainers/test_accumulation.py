@@ -26,7 +26,7 @@ SPLITS = [(8, 1), (1, 8), (2, 4), (3, 3)]
 COARSE = {"muon": 4}
 # Singular vectors with nearly equal values turn by more than the gradient's last bits.
 # A derivative is the difference of two losses over twice the distance, here a hundredth of a per mille of them.
-TURNED = {"galore": 1e-5, "mezo": 1e-3}
+TURNED = {"galore": 1e-5, "mezo": 1e-3, "qzo": 1e-3}
 
 
 GRADIENTS = [name for name, method in METHODS.items() if method.needs_gradients]

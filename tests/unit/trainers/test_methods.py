@@ -39,6 +39,7 @@ def test_learns_the_debug_rows(name: str, train: Any) -> None:
         "trion": ({"adam_ratio": 0.3}, 1e-2),
         "muon": ({"adam_ratio": 0.3}, 1e-2),
         "mezo": ({}, 6e-2),
+        "qzo": ({}, 1e-1),
     }.get(name, ({}, 3e-3))
     # Along one direction of two hundred thousand at a time, sixty steps go a small part of the way.
     rows, reached = (4, 3.5) if METHODS[name].needs_gradients else (16, 7.05)
@@ -62,7 +63,7 @@ def test_the_artifact_is_what_was_trained(name: str, train: Any) -> None:
     assert (result.output / "artifact" / "manifest.json").is_file()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.makes != "scales"])
 def test_every_checkpoint_can_be_served(name: str, train: Any) -> None:
     result = train(name, max_steps=4, save_every=2)
     ids = torch.tensor([[5, 9, 11, 30]])
@@ -142,6 +143,8 @@ def test_describing_methods_and_runs_needs_no_torch() -> None:
         ("galore", {"rank": 8, "density": 0.5}, ["density"]),
         ("mezo", {}, []),
         ("mezo", {"clip_quantile": 0.9}, ["clip_quantile"]),
+        ("qzo", {}, []),
+        ("qzo", {"eps": 1e-5, "eps_rel": 1e-2}, ["eps_rel"]),
     ],
 )
 def test_settings_without_effect_warn(name: str, settings: dict[str, Any], idle: list[str]) -> None:
