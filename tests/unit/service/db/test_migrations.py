@@ -115,11 +115,12 @@ def test_a_lock_of_another_process_is_busy(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A PostgreSQL of our own, on a unix socket; skipped where none is installed."""
+    """A PostgreSQL of our own, on a unix socket; skipped where it or its driver is not installed."""
     server = shutil.which("postgres") or ""
     initdb = shutil.which("initdb") or str(Path(os.path.realpath(server)).parent / "initdb")
     if not server or not Path(initdb).exists():
         pytest.skip("no PostgreSQL on this machine")
+    pytest.importorskip("psycopg", reason="no psycopg here: pip install -c constraints.txt -e '.[postgres]'")
     folder = tmp_path_factory.mktemp("pg")
     user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
     if user:
