@@ -168,7 +168,7 @@ def delete_model(model: str, db: Db, settings: Config, request: Request) -> Dele
     paths += [folder.parent for folder in folders]
     if last and job_id is not None:  # what only a resume or an adapter of it could have used
         served.append(names.base_directory(settings.home, job_id))
-        paths += [served[-1], weights.checkpoints(settings.home, job_id)]
+        paths += [served[-1], names.checkpoints_directory(settings.home, job_id)]
     inside = {path.resolve() for path in paths} - {settings.home}
     found = weights.remove(path for path in inside if path.is_relative_to(settings.home))
     for path in served:  # a process that has it merged, or as its base, would keep its memory until it is idle for long

@@ -62,6 +62,19 @@ def job_directory(home: Path, job_id: str) -> Path:
     return home / "jobs" / job_id
 
 
+def checkpoints_directory(home: Path, job_id: str) -> Path:
+    """Folder of a job's checkpoints, ``step-...`` each.
+
+    Args:
+        home: the data folder.
+        job_id: the job.
+
+    Returns:
+        ``<home>/jobs/<job id>/checkpoints``.
+    """
+    return job_directory(home, job_id) / "checkpoints"
+
+
 def start_directory(home: Path, job_id: str) -> Path:
     """The earlier adapter that a job goes on with, its own copy.
 

@@ -44,7 +44,7 @@ def settle(home: Path, job_id: str) -> None:
         job_id: the job; no process of it may be left.
     """
     folder = names.job_directory(home, job_id)
-    for step in _steps(folder):
+    for step in _steps(names.checkpoints_directory(home, job_id)):
         served = next((step / kind for kind in _SERVED if (step / kind / MANIFEST).is_file()), None)
         if served is None:
             shutil.rmtree(step, ignore_errors=True)
@@ -80,21 +80,7 @@ def remove(folders: Iterable[Path]) -> Freed:
     )
 
 
-def checkpoints(home: Path, job_id: str) -> Path:
-    """Folder of a job's checkpoints.
-
-    Args:
-        home: the data folder.
-        job_id: the job.
-
-    Returns:
-        ``<home>/jobs/<job id>/checkpoints``.
-    """
-    return names.job_directory(home, job_id) / "checkpoints"
-
-
-def _steps(folder: Path) -> list[Path]:
-    root = folder / "checkpoints"
+def _steps(root: Path) -> list[Path]:
     if root.is_symlink() or not root.is_dir():
         return []
     return [path for path in sorted(root.glob("step-*")) if path.is_dir() and not path.is_symlink()]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainers.method import Attached, Method, MethodConfig, TrainContext
-from trainers.optim.estimator import Estimator
+from trainers.optim.estimator import Normalised
 from trainers.optim.settings import in_range
 
 if TYPE_CHECKING:
@@ -14,28 +14,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MezoConfig(Estimator, MethodConfig):
+class MezoConfig(Normalised, MethodConfig):
     """Settings of ``mezo``."""
 
-    normalise: bool = True
-    """Divide d by the mean of |d| over ``window``: the learning rate is then the share of m that a step moves."""
-    clip: float | None = 3.0
-    """Largest derivative d of the loss along a direction that is applied, either sign (with ``normalise``: d over the
-    mean of |d|); None: ``clip_quantile``."""
     weight_decay: float = 0.0
     """Share of each weight taken off per unit of learning rate (decoupled); biases and norms are spared."""
 
     def __post_init__(self) -> None:
-        Estimator.__post_init__(self)
+        Normalised.__post_init__(self)
         in_range("weight_decay", self.weight_decay, low=0)
-
-    def warnings(self) -> list[str]:
-        """Settings that have no effect as they are combined, one sentence each."""
-        return Estimator.warnings(self)
-
-    def estimator(self) -> dict[str, Any]:
-        """The settings that are the estimator's."""
-        return {name: getattr(self, name) for name in Estimator.__dataclass_fields__}
 
 
 def attach(model: PreTrainedModel, config: MezoConfig, context: TrainContext) -> Attached:

@@ -7,24 +7,19 @@ model that codes and tuned scales stand for, beside the scales alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from trainers.method import Attached, Method, MethodConfig, TrainContext
-from trainers.optim.estimator import Estimator
+from trainers.optim.estimator import Normalised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class QzoConfig(Estimator, MethodConfig):
+class QzoConfig(Normalised, MethodConfig):
     """Settings of ``qzo``."""
 
-    normalise: bool = True
-    """Divide d by the mean of |d| over ``window``: the learning rate is then the share of m that a step moves."""
-    clip: float | None = 3.0
-    """Largest derivative d of the loss along a direction that is applied, either sign (with ``normalise``: d over the
-    mean of |d|); None: ``clip_quantile``."""
     scheme: Literal["int4", "nf4"] = "int4"
     """How the linear layers of the blocks are quantised when the model is loaded: evenly spaced levels, or NF4's."""
     group: int = 64
@@ -34,19 +29,11 @@ class QzoConfig(Estimator, MethodConfig):
     """Tune the scales of so many blocks at the end alone; all are quantised. None: of every block."""
 
     def __post_init__(self) -> None:
-        Estimator.__post_init__(self)
+        Normalised.__post_init__(self)
         if self.group not in ((32, 64, 128) if self.scheme == "int4" else (64,)):
             raise ValueError(f"group must be {'32, 64 or 128' if self.scheme == 'int4' else 64}, not {self.group}")
         if self.last_blocks is not None and self.last_blocks < 1:
             raise ValueError(f"last_blocks must be at least 1, not {self.last_blocks}")
-
-    def warnings(self) -> list[str]:
-        """Settings that have no effect as they are combined, one sentence each."""
-        return Estimator.warnings(self)
-
-    def estimator(self) -> dict[str, Any]:
-        """The settings that are the estimator's."""
-        return {name: getattr(self, name) for name in Estimator.__dataclass_fields__}
 
 
 def attach(model: PreTrainedModel, config: QzoConfig, context: TrainContext) -> Attached:

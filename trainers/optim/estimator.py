@@ -102,6 +102,21 @@ class Estimator:
         return self.eps is None or self.per != "all" or self.normalise
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Normalised(Estimator):
+    """The estimator as jobs have it: d in units of its own running mean, so that one learning rate fits many models."""
+
+    normalise: bool = True
+    """Divide d by the mean of |d| over ``window``: the learning rate is then the share of m that a step moves."""
+    clip: float | None = 3.0
+    """Largest derivative d of the loss along a direction that is applied, either sign (with ``normalise``: d over the
+    mean of |d|); None: ``clip_quantile``."""
+
+    def estimator(self) -> dict[str, Any]:
+        """The settings that are the estimator's."""
+        return {name: getattr(self, name) for name in Estimator.__dataclass_fields__}
+
+
 _WORDS: dict[str, tuple[str | None, ...]] = {
     "per": ("all", "tensor", "element"),
     "noise": ("normal", "rademacher"),
