@@ -215,7 +215,7 @@ class LocalExecutor:
             if not held or time.monotonic() > deadline:
                 break
             time.sleep(0.01)  # a supervisor holds the lock and has not written its record yet
-        left = processes.kill_all(job_id)
+        left = processes.kill_all(job_id, known=_run_of(record))
         if left:
             raise OSError(errno.EAGAIN, f"{len(left)} processes of {job_id} are still alive, to be ended first")
         return Gone(handle.attempt if record is not None else None)
@@ -233,6 +233,14 @@ def _handle(record: Mapping[str, object], directory: Path, job_id: str) -> Handl
         value if isinstance(value := record.get(k), int) else 0 for k in ("attempt", "pid", "started")
     )
     return Handle(job_id, directory, attempt, pid, started, str(record.get("boot_id")))
+
+
+def _run_of(record: Mapping[str, object] | None) -> dict[int, int]:
+    """The process that a supervisor started in this boot, and its start time; nothing where it says none."""
+    found = record or {}
+    pid, started = found.get("run_pid"), found.get("run_started")
+    ours = found.get("boot_id") == processes.boot_id()
+    return {pid: started} if ours and isinstance(pid, int) and isinstance(started, int) else {}
 
 
 def _exit_of(directory: Path, attempt: int) -> Exited | None:

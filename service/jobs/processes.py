@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 JOB_VARIABLE = "GRADHELM_JOB_ID"
@@ -127,19 +128,22 @@ def descendants(root: int) -> set[int]:
     return found
 
 
-def kill_all(job_id: str, root: int | None = None, *, seconds: float = 2.0) -> set[int]:
+def kill_all(
+    job_id: str, root: int | None = None, *, known: Mapping[int, int] | None = None, seconds: float = 2.0
+) -> set[int]:
     """SIGKILL every process of a job until none is left: group or session do not matter.
 
     Args:
         job_id: the job.
         root: a verified pid whose descendants belong to the job too (not killed itself).
+        known: further processes of the job, start time by pid: one that is ending is found by nothing else.
         seconds: how long to keep trying.
 
     Returns:
         What is still alive (uninterruptible in the kernel), normally nothing.
     """
     deadline = time.monotonic() + seconds
-    seen: dict[int, int] = {}
+    seen = {pid: started for pid, started in (known or {}).items() if pid != os.getpid()}
     while True:
         for pid in marked(job_id) | (descendants(root) if root is not None else set()):
             started = start_time(pid)

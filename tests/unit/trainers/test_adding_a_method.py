@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-COPIED = ("trainers", "configs", "tests/unit/trainers", "tests/conftest.py", "pyproject.toml")
+COPIED = ("trainers", "configs", "tests/unit/trainers", "tests/conftest.py", "tests/gguf_file.py", "pyproject.toml")
 
 METHOD = '''
 """SGD with momentum on every weight."""

@@ -225,3 +225,22 @@ def test_a_supervisor_that_does_not_answer_is_killed(
     with pytest.raises(OSError, match="did not start"):
         executor.submit("ftjob-local", SLEEP, {}, tmp_path, attempt=1, token="t")
     assert time.monotonic() - began < 30 and processes.start_time(pids[0]) is None
+
+
+def test_a_run_that_is_ending_is_waited_for_by_what_the_supervisor_wrote(
+    executor: LocalExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its environment is gone, and its parent: the record alone still names it."""
+    with subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"]) as child:
+        started = processes.start_time(child.pid)
+        forge(tmp_path, started=1, run_pid=child.pid, run_started=started)
+        with monkeypatch.context() as patch:
+            patch.setattr(processes.os, "kill", lambda *_: None)
+            with pytest.raises(BlockingIOError, match="still alive"):
+                executor.recover(tmp_path, "ftjob-local")
+        forge(tmp_path, started=1, run_pid=child.pid, run_started=1)
+        assert executor.recover(tmp_path, "ftjob-local") == Gone(1)  # that number is somebody else's by now
+        assert processes.start_time(child.pid) == started
+        forge(tmp_path, started=1, run_pid=child.pid, run_started=started)
+        assert executor.recover(tmp_path, "ftjob-local") == Gone(1)
+        assert child.wait(5) == -signal.SIGKILL

@@ -20,8 +20,7 @@ from core.models.quant.convert import quantised
 from core.models.quant.scales import describe as describe_layers
 from core.models.quant.scales import load_scales
 from service.cli import app
-from tests.unit.core.models.quant.test_gguf_q4 import KINDS
-from tests.unit.core.models.test_gguf import write_gguf
+from tests.gguf_file import KINDS, write_gguf
 from trainers.__main__ import main
 from trainers.errors import SUCCEEDED, USER_ERROR
 from trainers.journal import Header, Writer, read

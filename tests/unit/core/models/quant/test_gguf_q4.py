@@ -15,10 +15,9 @@ from core.models.load import load
 from core.models.quant import gguf_q4
 from core.models.quant.convert import quantised
 from core.models.quant.linear import QuantLinear
-from tests.unit.core.models.test_gguf import write_gguf
+from tests.gguf_file import KINDS, write_gguf
 
 IDS = torch.tensor([[5, 17, 300, 42, 1000, 3, 77, 512, 8]])
-KINDS = {"blk.": "Q4_1", "token_embd": "Q8_0", "output.": "Q8_0"}
 DEAD = ("model.layers.1.self_attn.q_proj", 5, 32)
 
 

@@ -15,8 +15,7 @@ from core.models.load import load
 from core.models.quant import scales, streamed
 from core.models.quant.convert import quantise_model, quantised
 from core.models.quant.scales import describe
-from tests.unit.core.models.quant.test_gguf_q4 import KINDS
-from tests.unit.core.models.test_gguf import write_gguf
+from tests.gguf_file import KINDS, write_gguf
 
 IDS = torch.tensor([[5, 17, 300, 42, 1000, 3, 77]])
 
